@@ -1,0 +1,37 @@
+"""Llama 1, 2 and 3.x, and what is the same on disk: Yi, DeepSeek-LLM, R1-distill-Llama, Vicuna, SmolLM2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shardtool.families import standard_config as standard
+from shardtool.families.architecture import Architecture
+from shardtool.families.blocks import standard as rules
+from shardtool.families.family import Config, Family, rope_refusal
+
+
+def _derived(config: Config, values: dict[str, Any]) -> dict[str, Any]:
+    return standard.derived()(config, values) | {"linear_bias": bool(config.get("attention_bias"))}
+
+
+def _extra(a: Architecture) -> dict[str, Any]:
+    return standard.extra(a) | {"attention_bias": a.linear_bias, "mlp_bias": a.linear_bias}
+
+
+def _refuse(config: Config) -> str | None:
+    if bool(config.get("attention_bias")) != bool(config.get("mlp_bias")):
+        return "attention_bias and mlp_bias differ; megatron-core has biases on all linears, or on qkv alone"
+    return rope_refusal(config)
+
+
+FAMILY = Family(
+    "llama",
+    "LlamaForCausalLM",
+    standard.table(),
+    rules,
+    fixed={"norm": "rms", "gated": True},
+    derived=_derived,
+    extra=_extra,
+    refuse=_refuse,
+    ignored=standard.ROTARY_BUFFERS,
+)

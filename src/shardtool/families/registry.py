@@ -1,0 +1,59 @@
+"""The known families, one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from shardtool.errors import UsageError
+from shardtool.families import gpt2, llama, mistral, qwen2, qwen3
+from shardtool.families.architecture import Architecture
+from shardtool.families.family import Family
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, gpt2.FAMILY)
+}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json, by model_type, else by architectures; UsageError naming the known ones."""
+    if family := FAMILIES.get(str(config.get("model_type"))):
+        return family
+    classes = config.get("architectures") or []
+    for family in FAMILIES.values():
+        if family.architecture in classes:
+            return family
+    raise UsageError(
+        "unknown architecture",
+        where="config.json",
+        expected="model_type " + ", ".join(sorted(FAMILIES)),
+        found=f"model_type {config.get('model_type')!r}, architectures {classes}",
+        hint="`shardtool` converts the families above; others are not known to be exact",
+    )
+
+
+def infer_family(a: Architecture, named: str | None = None) -> Family:
+    """The family that expresses an architecture read from a Megatron checkpoint.
+
+    `named` is the family that the checkpoint itself names (hf2megatron stores it); it must be able to express the
+    architecture. Otherwise the first of the known families that can.
+    """
+    names = [named] if named else ["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+    reasons = []
+    for name in names:
+        family = FAMILIES.get(name)
+        if family is None:
+            raise UsageError(f"the checkpoint names an unknown family {name!r}", expected=", ".join(sorted(FAMILIES)))
+        try:
+            family.write_config(replace(a, family=name), "float32")
+        except (UsageError, KeyError) as error:
+            reasons.append(f"{name}: {'; '.join(getattr(error, 'details', ())) or error}")
+        else:
+            return family
+    raise UsageError(
+        "no Hugging Face architecture that is known here is this model",
+        details=tuple(reasons),
+        hint="`shardtool reshard` works without one",
+    )

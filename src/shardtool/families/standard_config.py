@@ -1,0 +1,74 @@
+"""The config table that Llama and its relatives share: the same keys, other defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shardtool.families.architecture import Architecture
+from shardtool.families.family import Config, Field, read_rope, write_rope
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+
+# inv_freq is computed, never trained; old files carry it
+ROTARY_BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
+
+
+def table(**defaults: Any) -> tuple[Field, ...]:
+    """The table, with the defaults of the family's configuration class in transformers 5."""
+
+    def default(key: str, otherwise: Any) -> Any:
+        return defaults.get(key, otherwise)
+
+    # fmt: off
+    return (
+        Field("num_layers",        "num_hidden_layers",       default("num_hidden_layers", 32)),
+        Field("hidden_size",       "hidden_size",             default("hidden_size", 4096)),
+        Field("num_heads",         "num_attention_heads",     default("num_attention_heads", 32)),
+        Field("ffn_size",          "intermediate_size",       default("intermediate_size", 11008)),
+        Field("vocab_size",        "vocab_size",              default("vocab_size", 32000)),
+        Field("max_positions",     "max_position_embeddings", default("max_position_embeddings", 2048)),
+        Field("norm_eps",          "rms_norm_eps",            1e-6, float),
+        Field("tied",              "tie_word_embeddings",     False, bool),
+        Field("activation",        "hidden_act",              "silu", ACTIVATIONS.__getitem__, ACTIVATION_NAMES.__getitem__),
+        Field("attention_dropout", "attention_dropout",       0.0, float),
+    )
+    # fmt: on
+
+
+def derived(head_dim: int | None = None, groups: int | None = None) -> Any:
+    """Query groups, head dim and rope: `head_dim` and `groups` are the class's own defaults where config.json has none."""
+
+    def derive(config: Config, values: dict[str, Any]) -> dict[str, Any]:
+        heads = values["num_heads"]
+        absent = groups if "num_key_value_heads" not in config and groups is not None else heads
+        dim = config.get("head_dim", head_dim) or values["hidden_size"] // heads
+        return {
+            "num_query_groups": config.get("num_key_value_heads") or absent,
+            "head_dim": dim,
+            "rope": read_rope(config),
+        }
+
+    return derive
+
+
+def extra(a: Architecture) -> dict[str, Any]:
+    """The keys that `derived` reads."""
+    return {"num_key_value_heads": a.num_query_groups, "head_dim": a.head_dim, **write_rope(a.rope)}
+
+
+def uniform_window(config: Config) -> tuple[int | None, str | None]:
+    """(window, reason for refusal) of Qwen2-like configs: sliding_window, use_sliding_window, max_window_layers, layer_types."""
+    window = config.get("sliding_window", 4096)
+    if not config.get("use_sliding_window", False) or window is None:
+        if "sliding_attention" in (config.get("layer_types") or ()):
+            return None, "layer_types has sliding attention but use_sliding_window is off"
+        return None, None
+    count = config.get("num_hidden_layers", 32)
+    full = min(config.get("max_window_layers", 28), count)
+    types = config.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (count - full)
+    if set(types) == {"sliding_attention"}:
+        return window, None
+    if set(types) == {"full_attention"}:
+        return None, None
+    return None, "some layers have a sliding window and others not; megatron-core needs window_attn_skip_freq for that"

@@ -1,0 +1,231 @@
+"""Equations: how components with named axes are laid out in stored tensors.
+
+    "(g q d) h, (g d) h, (g d) h -> (g (q d + d + d)) h"
+
+A side is a list of tensors, separated by commas. A tensor is a list of dims, separated by blanks. A dim is an axis,
+or a parenthesised product of axes (row-major: the last varies fastest) and parenthesised sums of products.
+Every choice of one term per sum is one *component*; components are numbered from left to right, and component k of
+the left side is component k of the right side. Sums and products are affine, so a component is one strided view of
+its tensor: `address = offset + sum(stride[axis] * index[axis])`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import TypeAlias
+
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """Terms side by side along one dim."""
+
+    terms: tuple[Product, ...]
+
+
+Factor: TypeAlias = str | Sum
+Product: TypeAlias = tuple[Factor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A stored tensor: one product per dim."""
+
+    dims: tuple[Product, ...]
+
+    @property
+    def components(self) -> int:
+        """The number of components that it holds."""
+        return prod(_choices(dim) for dim in self.dims)
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its shape, given the size of each axis."""
+        return tuple(product_size(dim, sizes) for dim in self.dims)
+
+    def without(self, axes: frozenset[str]) -> Tensor:
+        """The tensor without the dims that are one of `axes` alone."""
+        return Tensor(tuple(dim for dim in self.dims if not (len(dim) == 1 and dim[0] in axes)))
+
+
+@dataclass(frozen=True, slots=True)
+class DimView:
+    """One component along one dim: `index = offset + sum(stride * axis)`, strides from the largest to the smallest."""
+
+    offset: int
+    strides: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Equation:
+    """Two sides that hold the same components."""
+
+    left: tuple[Tensor, ...]
+    right: tuple[Tensor, ...]
+    text: str
+
+
+@lru_cache(maxsize=None)
+def parse(text: str) -> Equation:
+    """An equation from its text.
+
+    Raises ValueError when it does not parse, when the sides differ in components or in a component's axes,
+    or when an axis occurs twice in a component.
+    """
+    halves = text.split("->")
+    if len(halves) != 2:
+        raise ValueError(f"an equation has one '->': {text!r}")
+    left, right = (tuple(parse_tensor(part) for part in half.split(",")) for half in halves)
+    axes_left, axes_right = ([axes for tensor in side for axes in _component_axes(tensor)] for side in (left, right))
+    if len(axes_left) != len(axes_right):
+        raise ValueError(f"{len(axes_left)} components on the left, {len(axes_right)} on the right: {text!r}")
+    for number, (ours, theirs) in enumerate(zip(axes_left, axes_right, strict=True)):
+        for axes in (ours, theirs):
+            if len(set(axes)) != len(axes):
+                raise ValueError(f"component {number} has an axis twice: {text!r}")
+        if set(ours) != set(theirs):
+            raise ValueError(f"component {number} has axes {sorted(ours)} and {sorted(theirs)}: {text!r}")
+    return Equation(left, right, text)
+
+
+@lru_cache(maxsize=None)
+def parse_tensor(text: str) -> Tensor:
+    """One tensor from its text; ValueError when it does not parse."""
+    tokens = re.findall(r"[()+]|\w+|\S", text)
+    factors, rest = _product(tokens, text)
+    if rest or any(isinstance(token, str) and not token.isidentifier() for token in tokens if token not in "()+"):
+        raise ValueError(f"cannot read {text.strip()!r}")
+    dims = tuple(
+        factor.terms[0] if isinstance(factor, Sum) and len(factor.terms) == 1 else (factor,) for factor in factors
+    )
+    return Tensor(dims)
+
+
+def _product(tokens: list[str], text: str) -> tuple[Product, list[str]]:
+    factors: list[Factor] = []
+    while tokens and tokens[0] not in ")+":
+        if tokens[0] == "(":
+            terms = []
+            while tokens[0] in "(+":
+                term, tokens = _product(tokens[1:], text)
+                if not term or not tokens:
+                    raise ValueError(f"an empty term or an open parenthesis in {text.strip()!r}")
+                terms.append(term)
+                if tokens[0] == ")":
+                    break
+            tokens = tokens[1:]
+            factors.append(Sum(tuple(terms)))
+        else:
+            factors.append(tokens[0])
+            tokens = tokens[1:]
+    return tuple(factors), tokens
+
+
+def product_size(product: Product, sizes: Mapping[str, int]) -> int:
+    """The number of elements along a product of axes and sums."""
+    size = 1
+    for factor in product:
+        size *= sizes[factor] if isinstance(factor, str) else sum(product_size(term, sizes) for term in factor.terms)
+    return size
+
+
+def _choices(product: Product) -> int:
+    return prod(sum(_choices(term) for term in factor.terms) for factor in product if isinstance(factor, Sum))
+
+
+def _paths(product: Product) -> Iterator[tuple[str, ...]]:
+    """The axes of each choice of terms, in order."""
+    if not product:
+        yield ()
+        return
+    head, tail = product[0], product[1:]
+    heads = [(head,)] if isinstance(head, str) else [path for term in head.terms for path in _paths(term)]
+    for path in heads:
+        for rest in _paths(tail):
+            yield path + rest
+
+
+def _component_axes(tensor: Tensor) -> list[tuple[str, ...]]:
+    whole: Product = tuple(factor for dim in tensor.dims for factor in dim)
+    return list(_paths(whole))
+
+
+def component_axes(tensor: Tensor, component: int) -> tuple[str, ...]:
+    """The axes of a component of a tensor."""
+    return _component_axes(tensor)[component]
+
+
+def view(tensor: Tensor, component: int, sizes: Mapping[str, int]) -> tuple[DimView, ...]:
+    """Where component number `component` of a tensor lies, per dim, when axes have these sizes."""
+    views = []
+    remaining = component
+    counts = [_choices(dim) for dim in tensor.dims]
+    for position, dim in enumerate(tensor.dims):
+        later = prod(counts[position + 1 :])
+        choice, remaining = divmod(remaining, later)
+        offset, strides, _ = _view_product(dim, choice, sizes)
+        views.append(DimView(offset, tuple(sorted(strides, key=lambda item: -item[1]))))
+    return tuple(views)
+
+
+def _view_product(product: Product, choice: int, sizes: Mapping[str, int]) -> tuple[int, list[tuple[str, int]], int]:
+    """(offset, [(axis, stride)], size) of one choice of a product's terms."""
+    offset, strides, size = 0, [], 1
+    for position in range(len(product) - 1, -1, -1):
+        factor = product[position]
+        if isinstance(factor, str):
+            strides.append((factor, size))
+            size *= sizes[factor]
+            continue
+        # choices are numbered with the leftmost sum as the most significant digit
+        digits = sum(_choices(term) for term in factor.terms)
+        choice, digit = divmod(choice, digits)
+        start = 0
+        for term in factor.terms:
+            if digit < _choices(term):
+                inner_offset, inner_strides, _ = _view_product(term, digit, sizes)
+                offset += (start + inner_offset) * size
+                strides += [(axis, stride * size) for axis, stride in inner_strides]
+                break
+            digit -= _choices(term)
+            start += product_size(term, sizes)
+        size *= sum(product_size(term, sizes) for term in factor.terms)
+    return offset, strides, size
+
+
+def boxes(dim: DimView, ranges: Mapping[str, tuple[int, int]], low: int, high: int) -> list[dict[str, tuple[int, int]]]:
+    """The boxes of axis ranges whose indices along a dim lie in [low, high).
+
+    `ranges` bounds each axis of the dim. A contiguous range of rows cuts a product of k axes into at most 2 k - 1 boxes.
+    """
+    base = dim.offset + sum(stride * ranges[axis][0] for axis, stride in dim.strides)
+    extents = [(axis, stride, ranges[axis][1] - ranges[axis][0]) for axis, stride in dim.strides]
+    # an axis of one index is a constant: only the others nest, each stride wider than all that is inside it
+    found = _boxes([item for item in extents if item[2] != 1], low - base, high - base)
+    whole = {axis: ranges[axis] for axis, _ in dim.strides}
+    return [
+        whole | {axis: (lo + ranges[axis][0], hi + ranges[axis][0]) for axis, (lo, hi) in box.items()} for box in found
+    ]
+
+
+def _boxes(extents: list[tuple[str, int, int]], low: int, high: int) -> list[dict[str, tuple[int, int]]]:
+    if any(extent <= 0 for _, _, extent in extents) or low >= high:
+        return []
+    if not extents:
+        return [{}] if low <= 0 < high else []
+    (axis, stride, extent), inner = extents[0], extents[1:]
+    width = 1 + sum((inner_extent - 1) * inner_stride for _, inner_stride, inner_extent in inner)
+    first = max(0, -(-low // stride))  # the first index whose block begins inside
+    last = min(extent, (high - width) // stride + 1)  # one past the last whose block ends inside
+    found = []
+    if first < last:
+        found.append({axis: (first, last)} | {name: (0, size) for name, _, size in inner})
+    edges = sorted({low // stride, (high - 1) // stride})
+    for edge in edges:
+        if 0 <= edge < extent and not first <= edge < last:
+            start = edge * stride
+            found += [{axis: (edge, edge + 1)} | box for box in _boxes(inner, low - start, high - start)]
+    return found

@@ -1,0 +1,111 @@
+"""A layout: where the components of a model's rules live in the stored tensors of a checkpoint.
+
+A *piece* is a family of stored tensors that differ only in the axes of their names (layers): one shape, one set of
+views. A stored tensor is the rule's tensor with some axes cut to a range (`ranges`: named-axis sharding) or a
+contiguous window of the laid-out tensor (`window`: torch_dist chunks, tp beyond the query groups), or both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from math import prod
+
+from shardtool.layout.equation import Tensor
+from shardtool.layout.rules import Rule
+
+# (file, tensor name, part): the part tells apart what a name alone does not: a model chunk of a per-rank file,
+# or the offsets of a torch_dist chunk. The file is "" where the name alone finds the tensor.
+Key = tuple[str, str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class NameAxis:
+    """An axis that is part of the name: its global `ids`; the name shows `id - shift`."""
+
+    axis: str
+    ids: tuple[int, ...]
+    shift: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Stored tensors of one shape: tensor number `tensor` of one side of rule number `rule`.
+
+    `part` entries are numbers, or the name of a name axis whose id stands there. `replica` pieces hold what another
+    piece of the layout holds: written like it, compared with it on reading.
+    """
+
+    rule: int
+    tensor: int
+    dims: Tensor
+    name: str
+    file: str = ""
+    names: tuple[NameAxis, ...] = ()
+    ranges: tuple[tuple[str, int, int], ...] = ()
+    window: tuple[tuple[int, int], ...] | None = None
+    part: tuple[int | str, ...] = ()
+    replica: bool = False
+
+    @property
+    def instances(self) -> int:
+        """The number of stored tensors."""
+        return prod(len(axis.ids) for axis in self.names)
+
+    def ids(self) -> Iterator[tuple[int, ...]]:
+        """The ids of the name axes, one tuple per stored tensor."""
+        return product(*(axis.ids for axis in self.names))
+
+    def key(self, ids: tuple[int, ...]) -> Key:
+        """The key of one stored tensor."""
+        name, part = self.name, self.part
+        if self.names:
+            shown = {axis.axis: index - axis.shift for axis, index in zip(self.names, ids, strict=True)}
+            if "{" in name:
+                name = name.format(**shown)
+            if part:
+                real = {axis.axis: index for axis, index in zip(self.names, ids, strict=True)}
+                part = tuple(real[entry] if isinstance(entry, str) else entry for entry in part)
+        return (self.file, name, part)  # type: ignore[return-value]  # every name axis of part is replaced above
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One side of a plan.
+
+    `sizes` are the logical sizes of the axes, `allocated` the stored ones where they are larger (padded vocabulary).
+    `side` 0 is the left side of the equations (Hugging Face), 1 the right (Megatron).
+    """
+
+    rules: tuple[Rule, ...]
+    side: int
+    sizes: Mapping[str, int]
+    pieces: tuple[Piece, ...]
+    allocated: Mapping[str, int] = field(default_factory=dict)
+    description: str = ""
+
+    def axis_range(self, piece: Piece, axis: str) -> tuple[int, int]:
+        """The allocated range of an axis that a piece holds."""
+        for name, low, high in piece.ranges:
+            if name == axis:
+                return low, high
+        return 0, self.allocated.get(axis, self.sizes[axis])
+
+    def stored_sizes(self, piece: Piece) -> dict[str, int]:
+        """The size of each axis as a piece lays it out."""
+        sizes = {**self.sizes, **self.allocated}
+        sizes.update({name: high - low for name, low, high in piece.ranges})
+        return sizes
+
+    def shape(self, piece: Piece) -> tuple[int, ...]:
+        """The shape of the piece's stored tensors."""
+        if piece.window is not None:
+            return tuple(high - low for low, high in piece.window)
+        return piece.dims.shape(self.stored_sizes(piece))
+
+    def keys(self) -> Iterator[tuple[Key, Piece]]:
+        """Every stored tensor of the layout with its piece."""
+        for piece in self.pieces:
+            for ids in piece.ids():
+                yield piece.key(ids), piece

@@ -1,0 +1,422 @@
+"""The plan: two layouts of the same rules, intersected into strided copies.
+
+`plan(src, dst)` makes one `Copy` per pair of pieces and component: a template that stands for all layers at once,
+expanded only when bytes move. It is pure data, made without looking at any tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple
+
+from shardtool.errors import CheckpointError
+from shardtool.layout.equation import Tensor, boxes, component_axes, view
+from shardtool.layout.layout import Key, Layout, Piece
+
+Range = tuple[int, int]
+
+
+class Geometry(NamedTuple):
+    """One component in one stored tensor: address = base + sum(stride * global index), over these boxes of indices."""
+
+    base: int
+    strides: Mapping[str, int]
+    boxes: tuple[Mapping[str, Range], ...]
+
+
+class _View(NamedTuple):
+    """One component of one piece."""
+
+    component: int
+    piece: Piece
+    geometry: Geometry
+    ids: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """An axis that is in the name on one side or both: the ids to go through, and what each adds to the addresses."""
+
+    axis: str
+    ids: tuple[int, ...]
+    src_stride: int
+    dst_stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A strided copy of `shape` elements, once for every combination of the loops' ids. All numbers count elements.
+
+    A source stride of 0 repeats an element (padding rows that repeat the last).
+    """
+
+    component: int
+    src: Piece
+    dst: Piece
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    src_offset: int
+    src_strides: tuple[int, ...]
+    dst_offset: int
+    dst_strides: tuple[int, ...]
+    loops: tuple[Loop, ...] = ()
+
+    @property
+    def volume(self) -> int:
+        """Elements of one instance."""
+        return prod(self.shape)
+
+    def instances(self) -> Iterator[tuple[tuple[int, ...], Key, int, Key, int]]:
+        """(ids of the target's name axes, source key, source offset, target key, target offset) of every instance."""
+        order = [loop.axis for loop in self.loops]
+        src_at = [order.index(axis.axis) for axis in self.src.names]
+        dst_at = [order.index(axis.axis) for axis in self.dst.names]
+        for ids in product(*(loop.ids for loop in self.loops)):
+            src = self.src_offset + sum(i * loop.src_stride for i, loop in zip(ids, self.loops, strict=True))
+            dst = self.dst_offset + sum(i * loop.dst_stride for i, loop in zip(ids, self.loops, strict=True))
+            dst_ids = tuple(ids[at] for at in dst_at)
+            yield dst_ids, self.src.key(tuple(ids[at] for at in src_at)), src, self.dst.key(dst_ids), dst
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A strided part of a stored tensor that has no counterpart: padding to fill (target) or to cut (source)."""
+
+    component: int
+    piece: Piece
+    shape: tuple[int, ...]
+    offset: int
+    strides: tuple[int, ...]
+    axes: tuple[str, ...]
+
+    @property
+    def volume(self) -> int:
+        """Elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes where. `fills` are target regions that take the padding value, `cuts` source regions that are dropped."""
+
+    src: Layout
+    dst: Layout
+    copies: tuple[Copy, ...]
+    fills: tuple[Region, ...]
+    cuts: tuple[Region, ...]
+    pad: str = "zeros"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain data (JSON), per rule, layers folded."""
+        rules = []
+        by_rule: dict[int, list[Copy]] = defaultdict(list)
+        for copy in self.copies:
+            by_rule[copy.dst.rule].append(copy)
+        for number, rule in enumerate(self.dst.rules):
+            entries = [
+                {
+                    "component": c.component,
+                    "from": [c.src.file, c.src.name, list(c.src.part)],
+                    "to": [c.dst.file, c.dst.name, list(c.dst.part)],
+                    "shape": list(c.shape),
+                    "axes": list(c.axes),
+                    "from_offset": c.src_offset,
+                    "from_strides": list(c.src_strides),
+                    "to_offset": c.dst_offset,
+                    "to_strides": list(c.dst_strides),
+                    "loops": [[loop.axis, list(loop.ids), loop.src_stride, loop.dst_stride] for loop in c.loops],
+                    "replica": c.dst.replica,
+                }
+                for c in by_rule[number]
+            ]
+            rules.append(
+                {"hf": list(rule.hf), "equation": rule.equation.text, "megatron": rule.megatron, "copies": entries}
+            )
+        region = [{"name": r.piece.name, "file": r.piece.file, "shape": list(r.shape), "offset": r.offset} for r in self.fills]
+        cut = [{"name": r.piece.name, "file": r.piece.file, "shape": list(r.shape), "offset": r.offset} for r in self.cuts]
+        return {
+            "from": self.src.description,
+            "to": self.dst.description,
+            "sizes": dict(self.dst.sizes),
+            "rules": rules,
+            "pad": self.pad,
+            "fills": region,
+            "cuts": cut,
+        }
+
+    def digest(self) -> str:
+        """A hash of everything that the plan says."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def plan(src: Layout, dst: Layout, *, pad: str = "zeros") -> Plan:
+    """The copies that turn a checkpoint in layout `src` into one in layout `dst`.
+
+    Every element of every piece of `dst` is written exactly once (replicas included), every element of the primary
+    pieces of `src` is read; CheckpointError names what is not. `pad` is "zeros", "last" (repeat the last row) or
+    "mean" (the mean row) for rows of the padded vocabulary.
+    """
+    sources = _views_by_rule(src, [piece for piece in src.pieces if not piece.replica])
+    copies = _copies(sources, _views_by_rule(dst, dst.pieces))
+    fills = [region for piece in dst.pieces for region in _padding(dst, piece)]
+    if pad == "last":
+        copies += [copy for fill in fills for copy in _repeat_last(src, sources[fill.piece.rule], fill)]
+    cuts = [region for piece in src.pieces for region in _padding(src, piece)]
+    made = Plan(src, dst, tuple(copies), () if pad == "last" else tuple(fills), tuple(cuts), pad)
+    _check(made)
+    return made
+
+
+def replicas(layout: Layout) -> Plan | None:
+    """The plan that recomputes a layout's replicas from its primary pieces, to be executed as a comparison."""
+    found = tuple(piece for piece in layout.pieces if piece.replica)
+    if not found:
+        return None
+    twins = Layout(layout.rules, layout.side, layout.sizes, found, layout.allocated, layout.description + ", replicas")
+    sources = _views_by_rule(layout, [piece for piece in layout.pieces if not piece.replica])
+    copies = _copies(sources, _views_by_rule(twins, found))
+    made = Plan(layout, twins, tuple(copies), tuple(r for p in found for r in _padding(twins, p)), ())
+    _check_written(made)
+    return made
+
+
+def _components(layout: Layout, piece: Piece) -> range:
+    """The rule's component numbers that a piece holds."""
+    equation = layout.rules[piece.rule].equation
+    side = equation.right if layout.side else equation.left
+    start = sum(tensor.components for tensor in side[: piece.tensor])
+    return range(start, start + side[piece.tensor].components)
+
+
+def _geometry(layout: Layout, piece: Piece, component: int) -> Geometry:
+    local = component - _components(layout, piece).start
+    axes = component_axes(piece.dims, local)
+    sizes = tuple(sorted((axis, size) for axis, size in layout.stored_sizes(piece).items()))
+    logical = tuple((axis, layout.sizes[axis]) for axis in axes)
+    return _geometry_of(piece.dims, local, sizes, piece.ranges, piece.window, logical)
+
+
+@lru_cache(maxsize=4096)
+def _geometry_of(
+    dims: Tensor,
+    component: int,
+    sizes: tuple[tuple[str, int], ...],
+    ranges: tuple[tuple[str, int, int], ...],
+    window: tuple[Range, ...] | None,
+    logical: tuple[tuple[str, int], ...],
+) -> Geometry:
+    stored = dict(sizes)
+    lows = {axis: low for axis, low, _ in ranges}
+    views = view(dims, component, stored)
+    shape = tuple(high - low for low, high in window) if window is not None else dims.shape(stored)
+    base, strides = 0, {}
+    for at, dim in enumerate(views):
+        row = prod(shape[at + 1 :])
+        base += (dim.offset - (window[at][0] if window is not None else 0)) * row
+        for axis, stride in dim.strides:
+            strides[axis] = stride * row
+            base -= lows.get(axis, 0) * stride * row
+    # local indices, so that windows count rows of the tensor as it is laid out; shifted to global ones at the end
+    extent = {axis: (0, max(0, min(stored[axis], size - lows.get(axis, 0)))) for axis, size in logical}
+    per_dim = []
+    for at, dim in enumerate(views):
+        low, high = window[at] if window is not None else (0, dims.shape(stored)[at])
+        per_dim.append(boxes(dim, extent, low, high))
+    whole = []
+    for combination in product(*per_dim):
+        box: dict[str, Range] = {}
+        for part in combination:
+            for axis, (low, high) in part.items():
+                box[axis] = (low + lows.get(axis, 0), high + lows.get(axis, 0))
+        whole.append(box)
+    return Geometry(base, strides, tuple(whole))
+
+
+def _views_by_rule(layout: Layout, pieces: Iterable[Piece]) -> dict[int, list[_View]]:
+    """Every component of every piece, by rule."""
+    found: dict[int, list[_View]] = defaultdict(list)
+    for piece in pieces:
+        ids = {name.axis: name.ids for name in piece.names}
+        for component in _components(layout, piece):
+            found[piece.rule].append(_View(component, piece, _geometry(layout, piece, component), ids))
+    return found
+
+
+def _copies(sources: Mapping[int, list[_View]], targets: Mapping[int, list[_View]]) -> list[Copy]:
+    """The copies between all views of the same component: one per pair of boxes that meet."""
+    copies = []
+    for number, wanted in targets.items():
+        for theirs in wanted:
+            for ours in sources.get(number, ()):
+                if ours.component == theirs.component and _may_meet(ours.ids, theirs.ids):
+                    pairs = product(ours.geometry.boxes, theirs.geometry.boxes)
+                    found = (_intersect(ours, src_box, theirs, dst_box) for src_box, dst_box in pairs)
+                    copies += [copy for copy in found if copy is not None]
+    return copies
+
+
+def _may_meet(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]) -> bool:
+    """A quick test that the ids of common name axes overlap (ids are sorted)."""
+    return all(ids[0] <= theirs[axis][-1] and theirs[axis][0] <= ids[-1] for axis, ids in ours.items() if axis in theirs)
+
+
+def _intersect(origin: _View, src_box: Mapping[str, Range], goal: _View, dst_box: Mapping[str, Range]) -> Copy | None:
+    source, ours, src_ids = origin.piece, origin.geometry, origin.ids
+    target, theirs, dst_ids = goal.piece, goal.geometry, goal.ids
+    loops = []
+    for axis in dict.fromkeys((*dst_ids, *src_ids)):
+        ids = _common_ids(axis, src_ids, src_box, dst_ids, dst_box)
+        if not ids:
+            return None
+        loops.append(Loop(axis, ids, ours.strides.get(axis, 0), theirs.strides.get(axis, 0)))
+    named = src_ids.keys() | dst_ids.keys()
+    box = {}
+    for axis in src_box.keys() | dst_box.keys():
+        if axis not in named:
+            low = max(src_box[axis][0], dst_box[axis][0])
+            high = min(src_box[axis][1], dst_box[axis][1])
+            if low >= high:
+                return None
+            box[axis] = (low, high)
+    axes = tuple(sorted(box, key=lambda axis: (-theirs.strides[axis], axis)))
+    return Copy(
+        origin.component,
+        source,
+        target,
+        axes,
+        tuple(box[axis][1] - box[axis][0] for axis in axes),
+        ours.base + sum(ours.strides[axis] * box[axis][0] for axis in axes),
+        tuple(ours.strides[axis] for axis in axes),
+        theirs.base + sum(theirs.strides[axis] * box[axis][0] for axis in axes),
+        tuple(theirs.strides[axis] for axis in axes),
+        tuple(loops),
+    )
+
+
+def _common_ids(
+    axis: str,
+    src_ids: Mapping[str, tuple[int, ...]],
+    src_box: Mapping[str, Range],
+    dst_ids: Mapping[str, tuple[int, ...]],
+    dst_box: Mapping[str, Range],
+) -> tuple[int, ...]:
+    """The ids of a name axis that both sides hold; a side that has the axis in a dim holds a range of them."""
+    if axis in src_ids and axis in dst_ids:
+        ours, theirs = src_ids[axis], dst_ids[axis]
+        return theirs if ours == theirs else tuple(sorted(set(ours) & set(theirs)))
+    ids, (low, high) = (src_ids[axis], dst_box[axis]) if axis in src_ids else (dst_ids[axis], src_box[axis])
+    return tuple(index for index in ids if low <= index < high)
+
+
+def _padding(layout: Layout, piece: Piece) -> Iterator[Region]:
+    """The allocated but not logical part of a piece, per component and padded axis."""
+    for axis, size in layout.allocated.items():
+        if size == layout.sizes[axis]:
+            continue
+        for component in _components(layout, piece):
+            local = component - _components(layout, piece).start
+            axes = component_axes(piece.dims, local)
+            if axis not in axes:
+                continue
+            stored = layout.stored_sizes(piece)
+            allocated = tuple((name, layout.allocated.get(name, layout.sizes[name])) for name in axes)
+            whole = _geometry_of(piece.dims, local, tuple(sorted(stored.items())), piece.ranges, piece.window, allocated)
+            for box in whole.boxes:
+                low, high = max(box[axis][0], layout.sizes[axis]), box[axis][1]
+                if low < high:
+                    cut = {**box, axis: (low, high)}
+                    order = tuple(sorted(cut, key=lambda name: (-whole.strides[name], name)))
+                    yield Region(
+                        component,
+                        piece,
+                        tuple(cut[name][1] - cut[name][0] for name in order),
+                        whole.base + sum(whole.strides[name] * cut[name][0] for name in order),
+                        tuple(whole.strides[name] for name in order),
+                        order,
+                    )
+
+
+def _repeat_last(src: Layout, sources: list[_View], fill: Region) -> Iterator[Copy]:
+    """Copies of the last logical row into every padding row of a region."""
+    (padded,) = (axis for axis, size in src.sizes.items() if axis in fill.axes and axis == "v" and size)
+    at = fill.axes.index(padded)
+    for source in sources:
+        if fill.component != source.component:
+            continue
+        ours = source.geometry
+        for box in ours.boxes:
+            last = src.sizes[padded] - 1
+            if box[padded][0] <= last < box[padded][1]:
+                offset = ours.base + sum(
+                    ours.strides[axis] * (last if axis == padded else box[axis][0]) for axis in fill.axes
+                )
+                strides = tuple(0 if n == at else ours.strides[axis] for n, axis in enumerate(fill.axes))
+                yield Copy(
+                    fill.component, source.piece, fill.piece, fill.axes, fill.shape, offset, strides, fill.offset, fill.strides
+                )
+
+
+def _check(made: Plan) -> None:
+    _check_written(made)
+    _check_read(made)
+
+
+def _check_written(made: Plan) -> None:
+    """Every element of the target is written once: copies of one piece are disjoint, so it is enough to count."""
+    written: dict[int, list[tuple[tuple[tuple[int, ...], ...], int]]] = defaultdict(list)
+    for copy in made.copies:
+        loops = {loop.axis: loop for loop in copy.loops}
+        free = prod(len(loop.ids) for loop in copy.loops if loop.dst_stride)
+        ids = tuple(loops[name.axis].ids for name in copy.dst.names)
+        written[id(copy.dst)].append((ids, copy.volume * free))
+    for fill in made.fills:
+        written[id(fill.piece)].append((tuple(name.ids for name in fill.piece.names), fill.volume))
+    problems = []
+    for piece in made.dst.pieces:
+        numel = prod(made.dst.shape(piece))
+        parts = written[id(piece)]
+        whole = tuple(name.ids for name in piece.names)
+        if all(ids == whole for ids, _ in parts):
+            totals = {whole: sum(volume for _, volume in parts)}
+        else:
+            totals = {tuple((i,) for i in ids): 0 for ids in piece.ids()}
+            for ids, volume in parts:
+                for one in product(*ids):
+                    totals[tuple((i,) for i in one)] += volume
+        for ids, total in totals.items():
+            if total != numel:
+                key = piece.key(tuple(group[0] for group in ids))
+                problems.append(f"{key[1]} ({key[0] or made.dst.description}): {total} of {numel} elements")
+    _refuse("elements of the target are not written exactly once", problems, made)
+
+
+def _check_read(made: Plan) -> None:
+    """Every logical element of the source's primary pieces is read once by the target's primary pieces."""
+    read: dict[int, int] = defaultdict(int)
+    for copy in made.copies:
+        if not copy.dst.replica and 0 not in copy.src_strides[: len(copy.shape)]:
+            read[id(copy.src)] += copy.volume * prod(len(loop.ids) for loop in copy.loops)
+    dropped: dict[int, int] = defaultdict(int)
+    for cut in made.cuts:
+        dropped[id(cut.piece)] += cut.volume
+    problems = []
+    for piece in made.src.pieces:
+        if piece.replica:
+            continue
+        numel = prod(made.src.shape(piece)) * piece.instances - dropped[id(piece)]
+        if read[id(piece)] != numel:
+            problems.append(f"{piece.name} ({piece.file or made.src.description}): {read[id(piece)]} of {numel} elements")
+    _refuse("elements of the source are not read exactly once", problems, made)
+
+
+def _refuse(what: str, problems: list[str], made: Plan) -> None:
+    if problems:
+        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise CheckpointError(what, where=f"{made.src.description} -> {made.dst.description}", details=tuple(shown))
