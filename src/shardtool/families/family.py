@@ -13,6 +13,9 @@ from shardtool.layout.rules import Rule
 Config = Mapping[str, Any]
 
 
+TRAINING_ONLY = frozenset({"attention_dropout", "hidden_dropout"})  # they do not change what the model computes
+
+
 @dataclass(frozen=True, slots=True)
 class Field:
     """One field of an Architecture and its key in config.json.
@@ -59,7 +62,9 @@ class Family:
             try:
                 values[item.name] = item.read(item.default if value is None else value)
             except (TypeError, ValueError, KeyError) as error:
-                raise UsageError(f"config.json: {item.key} cannot be read", found=repr(value), where=str(error)) from error
+                raise UsageError(
+                    f"config.json: {item.key} cannot be read", found=repr(value), where=str(error)
+                ) from error
         values.update(self.fixed)
         values.update(self.derived(config, values))
         return Architecture(family=self.model_type, **values)
@@ -80,7 +85,7 @@ class Family:
             back = self.read_config(config)
         except UsageError as error:
             return [error.what]
-        return describe_differences(replace(a, family=self.model_type), back)
+        return describe_differences(replace(a, family=self.model_type), back, TRAINING_ONLY)
 
 
 def describe_differences(a: Architecture, b: Architecture, ignore: frozenset[str] = frozenset()) -> list[str]:

@@ -12,8 +12,7 @@ from shardtool.families.architecture import Architecture
 from shardtool.families.family import Family
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, gpt2.FAMILY)
+    family.model_type: family for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, gpt2.FAMILY)
 }
 
 

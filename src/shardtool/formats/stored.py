@@ -58,7 +58,7 @@ class Payload:
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A file before its payload: `size` bytes in all, `parts` (offset, bytes) written first, `payload` by tensor key."""
+    """A file before its payload: `size` bytes in all, `parts` (offset, bytes) written first, `payload` by key."""
 
     size: int
     parts: tuple[tuple[int, bytes], ...]

@@ -68,7 +68,9 @@ def _stacked(
     """Chunks of one layer each become pieces with the layer as a name axis; others keep the layers as a dim."""
     shape = rule.target.shape(sizes)
     single: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
-    for offsets, extents in tensors.get(name) or [((layer, *(0 for _ in shape)), (1, *shape)) for layer in range(sizes[LAYER])]:
+    for offsets, extents in tensors.get(name) or [
+        ((layer, *(0 for _ in shape)), (1, *shape)) for layer in range(sizes[LAYER])
+    ]:
         window = tuple((low, low + size) for low, size in zip(offsets, extents, strict=True))
         if extents[0] == 1:
             single[window[1:]].append(offsets[0])

@@ -12,12 +12,11 @@ its tensor: `address = offset + sum(stride[axis] * index[axis])`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import TypeAlias
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +202,19 @@ def boxes(dim: DimView, ranges: Mapping[str, tuple[int, int]], low: int, high: i
     """
     base = dim.offset + sum(stride * ranges[axis][0] for axis, stride in dim.strides)
     extents = [(axis, stride, ranges[axis][1] - ranges[axis][0]) for axis, stride in dim.strides]
-    # an axis of one index is a constant: only the others nest, each stride wider than all that is inside it
-    found = _boxes([item for item in extents if item[2] != 1], low - base, high - base)
-    whole = {axis: ranges[axis] for axis, _ in dim.strides}
     return [
-        whole | {axis: (lo + ranges[axis][0], hi + ranges[axis][0]) for axis, (lo, hi) in box.items()} for box in found
+        {axis: (lo + ranges[axis][0], hi + ranges[axis][0]) for axis, (lo, hi) in box.items()}
+        for box in nested_boxes(extents, low - base, high - base)
     ]
+
+
+def nested_boxes(extents: Sequence[tuple[str, int, int]], low: int, high: int) -> list[dict[str, tuple[int, int]]]:
+    """The boxes of indices with low <= sum(stride * index) < high, for (axis, stride, extent) from wide to narrow.
+
+    The strides must nest, each at least as wide as all that is inside it, as those of a view of distinct elements do.
+    """
+    whole = {axis: (0, extent) for axis, _, extent in extents}
+    return [whole | box for box in _boxes([item for item in extents if item[2] != 1], low, high)]
 
 
 def _boxes(extents: list[tuple[str, int, int]], low: int, high: int) -> list[dict[str, tuple[int, int]]]:

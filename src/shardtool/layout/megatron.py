@@ -164,11 +164,11 @@ def stacked(key: str) -> str:
     return key.replace(LAYER_PREFIX, STACKED_PREFIX)
 
 
-def _whole_windows(
-    shape: tuple[int, ...], cuts: Iterable[tuple[int, int, int]]
-) -> list[tuple[tuple[int, int], ...]]:
+def _whole_windows(shape: tuple[int, ...], cuts: Iterable[tuple[int, int, int]]) -> list[tuple[tuple[int, int], ...]]:
     whole = tuple((0, size) for size in shape)
-    return [tuple((low, high) if at == dim else pair for at, pair in enumerate(whole)) for dim, low, high in cuts] or [whole]
+    return [tuple((low, high) if at == dim else pair for at, pair in enumerate(whole)) for dim, low, high in cuts] or [
+        whole
+    ]
 
 
 def _windows(tensor: Tensor, cut: tuple[str, int, int], sizes: Mapping[str, int]) -> Iterable[tuple[int, int, int]]:

@@ -141,16 +141,25 @@ def _from_layout_string(mesh: Mesh, num_layers: int, mtp_layers: int) -> tuple[C
     if mesh.vpp not in (1, vpp):
         raise refuse("the layout gives another number of virtual stages", f"--vpp {vpp}", f"--vpp {mesh.vpp}")
     order = "".join(stages)
-    for letter, name, count in (("E", "embedding", 1), ("L", "loss", 1), ("t", "layer", num_layers), ("m", "MTP layer", mtp_layers)):
+    for letter, name, count in (
+        ("E", "embedding", 1),
+        ("L", "loss", 1),
+        ("t", "layer", num_layers),
+        ("m", "MTP layer", mtp_layers),
+    ):
         if order.count(letter) != count:
             raise refuse(f"the layout has a wrong number of {name}s", str(count), str(order.count(letter)))
     if not order.startswith("E") or not order.endswith("L"):
-        raise refuse("the layout must begin with the embedding and end with the loss", "E...L", order[:1] + ".." + order[-1:])
+        raise refuse(
+            "the layout must begin with the embedding and end with the loss", "E...L", order[:1] + ".." + order[-1:]
+        )
     if re.search("m[^m|]*t", order):
         raise refuse("MTP layers come after all transformer layers", "t.. m.. L", "an m before a t")
     with_mtp = [index for index, stage in enumerate(stages) if "m" in stage]
     if with_mtp and (len(with_mtp) > 1 or with_mtp[0] < (vpp - 1) * mesh.pp):
-        raise refuse("all MTP layers sit in one stage of the last virtual stage", "one stage with m", f"stages {with_mtp}")
+        raise refuse(
+            "all MTP layers sit in one stage of the last virtual stage", "one stage with m", f"stages {with_mtp}"
+        )
     result, start = [], 0
     for index, stage in enumerate(stages):
         layers = tuple(range(start, start + stage.count("t")))

@@ -139,8 +139,12 @@ class Plan:
             rules.append(
                 {"hf": list(rule.hf), "equation": rule.equation.text, "megatron": rule.megatron, "copies": entries}
             )
-        region = [{"name": r.piece.name, "file": r.piece.file, "shape": list(r.shape), "offset": r.offset} for r in self.fills]
-        cut = [{"name": r.piece.name, "file": r.piece.file, "shape": list(r.shape), "offset": r.offset} for r in self.cuts]
+        region = [
+            {"name": r.piece.name, "file": r.piece.file, "shape": list(r.shape), "offset": r.offset} for r in self.fills
+        ]
+        cut = [
+            {"name": r.piece.name, "file": r.piece.file, "shape": list(r.shape), "offset": r.offset} for r in self.cuts
+        ]
         return {
             "from": self.src.description,
             "to": self.dst.description,
@@ -264,7 +268,9 @@ def _copies(sources: Mapping[int, list[_View]], targets: Mapping[int, list[_View
 
 def _may_meet(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]) -> bool:
     """A quick test that the ids of common name axes overlap (ids are sorted)."""
-    return all(ids[0] <= theirs[axis][-1] and theirs[axis][0] <= ids[-1] for axis, ids in ours.items() if axis in theirs)
+    return all(
+        ids[0] <= theirs[axis][-1] and theirs[axis][0] <= ids[-1] for axis, ids in ours.items() if axis in theirs
+    )
 
 
 def _intersect(origin: _View, src_box: Mapping[str, Range], goal: _View, dst_box: Mapping[str, Range]) -> Copy | None:
@@ -327,7 +333,9 @@ def _padding(layout: Layout, piece: Piece) -> Iterator[Region]:
                 continue
             stored = layout.stored_sizes(piece)
             allocated = tuple((name, layout.allocated.get(name, layout.sizes[name])) for name in axes)
-            whole = _geometry_of(piece.dims, local, tuple(sorted(stored.items())), piece.ranges, piece.window, allocated)
+            whole = _geometry_of(
+                piece.dims, local, tuple(sorted(stored.items())), piece.ranges, piece.window, allocated
+            )
             for box in whole.boxes:
                 low, high = max(box[axis][0], layout.sizes[axis]), box[axis][1]
                 if low < high:
@@ -359,7 +367,15 @@ def _repeat_last(src: Layout, sources: list[_View], fill: Region) -> Iterator[Co
                 )
                 strides = tuple(0 if n == at else ours.strides[axis] for n, axis in enumerate(fill.axes))
                 yield Copy(
-                    fill.component, source.piece, fill.piece, fill.axes, fill.shape, offset, strides, fill.offset, fill.strides
+                    fill.component,
+                    source.piece,
+                    fill.piece,
+                    fill.axes,
+                    fill.shape,
+                    offset,
+                    strides,
+                    fill.offset,
+                    fill.strides,
                 )
 
 
@@ -412,7 +428,9 @@ def _check_read(made: Plan) -> None:
             continue
         numel = prod(made.src.shape(piece)) * piece.instances - dropped[id(piece)]
         if read[id(piece)] != numel:
-            problems.append(f"{piece.name} ({piece.file or made.src.description}): {read[id(piece)]} of {numel} elements")
+            problems.append(
+                f"{piece.name} ({piece.file or made.src.description}): {read[id(piece)]} of {numel} elements"
+            )
     _refuse("elements of the source are not read exactly once", problems, made)
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints: where formats (bytes) and families (names and axes) meet."""

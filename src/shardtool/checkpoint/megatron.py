@@ -1,0 +1,260 @@
+"""Megatron checkpoints, opened for reading: per-rank files (`torch`) and `torch_dist`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from shardtool.checkpoint.opened import Header, Opened, account, fold
+from shardtool.errors import CheckpointError
+from shardtool.families.architecture import Architecture
+from shardtool.families.blocks import EMBEDDING, axis_sizes, standard
+from shardtool.families.megatron_args import from_args, mesh_from_args
+from shardtool.formats import megatron_legacy, torch_dist
+from shardtool.formats.stored import Stored
+from shardtool.formats.tracker import Iteration, find_iteration
+from shardtool.layout.chunks import chunked_layout, per_layer_keys
+from shardtool.layout.layout import Key, Layout
+from shardtool.layout.megatron import STACKED_PREFIX, legacy_layout, stacked
+from shardtool.layout.mesh import Chunk, Mesh
+from shardtool.layout.rules import Rule
+
+# in old per-rank files; computed, never trained
+IGNORED = (r"(decoder\.)?rotary_pos_emb\.inv_freq", r".*\._extra_state.*")
+# beside the model in torch_dist; the model's own state only is converted
+NOT_MODEL = re.compile(r"(optimizer|chained_\d+|rng_state|rerun_state_machine_state|opt_param_scheduler)([./].*)?")
+
+
+@dataclass(frozen=True)
+class Megatron:
+    """A Megatron checkpoint: what its args say, how it is laid out, and its tensors by key."""
+
+    path: Path
+    save: Iteration
+    format: str  # "torch" or "torch_dist"
+    args: Mapping[str, Any]
+    architecture: Architecture
+    mesh: Mesh
+    chunks: tuple[Chunk, ...]  # empty for torch_dist, which has none
+    spec: str
+    padded_vocab: int
+    headers: Mapping[Key, Header]
+    locate: Callable[[Key], Stored]
+    files: Mapping[tuple[int, int], str]
+    global_shapes: Mapping[str, tuple[int, ...]]
+    ignored: tuple[str, ...]  # no weights: _extra_state and buffers
+    not_converted: tuple[str, ...]  # state beside the model: optimizer, rng, ...
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the input embedding, which is the model's."""
+        return next(header.dtype for key, header in self.headers.items() if key[1].endswith(EMBEDDING))
+
+    def layout(self, rules: tuple[Rule, ...], sizes: Mapping[str, int]) -> Layout:
+        """Where the components of these rules live in it."""
+        if self.format == "torch":
+            return legacy_layout(rules, sizes, self.padded_vocab, self.chunks, self.mesh, self.spec, self.files)
+        boxes: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+        for (_, name, offsets), header in self.headers.items():
+            shape = header.shape if len(header.shape) == len(offsets) else (1, *header.shape)
+            boxes.setdefault(name, []).append((offsets, shape))
+        return chunked_layout(rules, sizes, self.padded_vocab, boxes)
+
+    def open(self, rules: tuple[Rule, ...] | None = None, vocab_size: int | None = None) -> Opened:
+        """Account for every tensor. `rules` default to the Megatron side of the model; `vocab_size` to that of the args.
+
+        CheckpointError where the tensors are not those of the model that the args describe.
+        """
+        a = self.architecture if vocab_size is None else replace(self.architecture, vocab_size=vocab_size)
+        if a.vocab_size > self.padded_vocab:
+            raise CheckpointError(
+                "the embedding has fewer rows than the vocabulary",
+                where=str(self.save.directory),
+                expected=f"at least {a.vocab_size}",
+                found=str(self.padded_vocab),
+            )
+        rules = rules or standard(a)
+        self._check_global_shapes(rules, a)
+        layout = self.layout(rules, axis_sizes(a))
+        ignored = account(layout, self.headers, str(self.save.directory), IGNORED)
+        headers = {key: self.headers[key] for key, _ in layout.keys()}
+        return Opened(self.path, a, layout, headers, self.locate, (*self.ignored, *ignored))
+
+    def _check_global_shapes(self, rules: tuple[Rule, ...], a: Architecture) -> None:
+        """torch_dist: the whole tensors have the shapes of the model; chunks alone could hide a missing layer."""
+        sizes = {**axis_sizes(a), "v": self.padded_vocab}
+        wrong = []
+        for rule in rules:
+            shape = rule.target.shape(sizes)
+            wanted = {rule.megatron: shape}
+            if rule.per_layer:
+                wanted = {stacked(rule.megatron): (a.num_layers, *shape)}
+                wanted |= {rule.megatron.replace("{l}", str(layer)): shape for layer in range(a.num_layers)}
+            for name, expected in wanted.items():
+                found = self.global_shapes.get(name, expected)
+                if found != expected:
+                    wrong.append(f"wrong shape: {name}: expected {list(expected)}, found {list(found)}")
+        if wrong:
+            raise CheckpointError(
+                f"the tensors are not those of the model: {len(wrong)} of a wrong shape",
+                where=str(self.save.directory),
+                details=tuple(fold(wrong)),
+                hint="compare the checkpoint's args with its tensors: `shardtool inspect` shows both",
+            )
+
+
+def read_megatron(path: Path) -> Megatron:
+    """Read the headers and args of a checkpoint (a root with a tracker file, or one save's directory).
+
+    CheckpointError where files are missing or broken, or where the args do not say what the model is.
+    """
+    save = find_iteration(path)
+    if any(entry.name.startswith("mp_rank_") for entry in save.directory.iterdir()):
+        return _read_legacy(path, save)
+    return _read_dist(path, save)
+
+
+def _read_legacy(path: Path, save: Iteration) -> Megatron:
+    ranks = megatron_legacy.read_ranks(save.directory)
+    first = ranks[min(ranks)]
+    args = _args(first.args, first.path)
+    if any(rank.ep for rank in ranks):
+        raise CheckpointError(
+            "the checkpoint has expert parallel ranks, but its args describe a dense model", where=str(path)
+        )
+    _check_same_run(ranks, args)
+    mesh = mesh_from_args(args)
+    mesh = replace(mesh, tp=1 + max(rank.tp for rank in ranks), pp=1 + max(rank.pp for rank in ranks))
+    headers: dict[Key, Header] = {}
+    stored: dict[Key, Stored] = {}
+    files = {}
+    for rank, file in ranks.items():
+        name = str(Path(file.path).relative_to(save.directory))
+        files[rank.tp, rank.pp] = name
+        for number, chunk in enumerate(file.chunks):
+            for tensor, item in chunk.items():
+                headers[name, tensor, (number,)] = Header(item.shape, item.dtype)
+                stored[name, tensor, (number,)] = item
+    architecture = from_args(args)
+    chunks = _chunks(ranks, mesh, architecture.num_layers, str(save.directory))
+    mesh = replace(mesh, vpp=1 + max(chunk.vpp for chunk in chunks))
+    spec = "te" if any(".linear_qkv.layer_norm_" in key[1] for key in headers) else "local"
+    embedding = next((header for key, header in headers.items() if key[1] == EMBEDDING), None)
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError(
+            "the first pipeline stage has no input embedding", where=str(save.directory), expected=EMBEDDING
+        )
+    padded = embedding.shape[0] * mesh.tp
+    iteration = first.iteration if save.iteration is None else save.iteration
+    save = replace(save, iteration=None if save.release else iteration)
+    ignored = tuple(sorted({entry for file in ranks.values() for entry in file.ignored}))
+    other = tuple(
+        key for key in first.other_keys
+        if key not in ("args", "checkpoint_version", "iteration", "num_floating_point_operations_so_far")
+    )  # fmt: skip
+    return Megatron(
+        path, save, "torch", args, _vocabulary(architecture, args, padded), mesh, chunks, spec, padded, headers,
+        stored.__getitem__, files, {}, ignored, other,
+    )  # fmt: skip
+
+
+def _args(args: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
+    if args is None:
+        raise CheckpointError(
+            "the checkpoint has no args, so nothing says what model it is", where=where, expected="args"
+        )
+    return args
+
+
+def _vocabulary(a: Architecture, args: Mapping[str, Any], padded: int) -> Architecture:
+    """The true vocabulary size of the args; without one, every stored row counts as a token."""
+    return a if args.get("vocab_size") else replace(a, vocab_size=padded)
+
+
+def _check_same_run(ranks: Mapping[megatron_legacy.Rank, megatron_legacy.RankFile], args: Mapping[str, Any]) -> None:
+    """All ranks were saved together: same iteration, same model."""
+    first = ranks[min(ranks)]
+    for file in ranks.values():
+        theirs = file.args or {}
+        names = (
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+        )
+        differing = [name for name in names if theirs.get(name) != args.get(name)]
+        if file.iteration != first.iteration or differing:
+            raise CheckpointError(
+                "the rank files are not of one save",
+                where=file.path,
+                expected=f"iteration {first.iteration}" + "".join(f", {name} {args.get(name)}" for name in differing),
+                found=f"iteration {file.iteration}" + "".join(f", {name} {theirs.get(name)}" for name in differing),
+            )
+
+
+def _chunks(
+    ranks: Mapping[megatron_legacy.Rank, megatron_legacy.RankFile], mesh: Mesh, num_layers: int, where: str
+) -> tuple[Chunk, ...]:
+    """The model chunks as the files have them: layers are numbered on in the order (virtual stage, pipeline stage)."""
+    count = max(len(file.chunks) for file in ranks.values())
+    found, start = [], 0
+    for vpp in range(count):
+        for pp in range(mesh.pp):
+            chunks = ranks[megatron_legacy.Rank(0, pp, 0)].chunks
+            names = chunks[vpp] if vpp < len(chunks) else {}
+            matches = (re.match(r"decoder\.layers\.(\d+)\.", name) for name in names)
+            local = {int(match[1]) for match in matches if match}
+            size = 1 + max(local, default=-1)
+            last = (vpp, pp) == (count - 1, mesh.pp - 1)
+            found.append(Chunk(pp, vpp, tuple(range(start, start + size)), (vpp, pp) == (0, 0), last))
+            start += size
+    if start != num_layers:
+        stages = ", ".join(f"stage {chunk.pp}: {len(chunk.layers)}" for chunk in found)
+        raise CheckpointError(
+            "the files do not hold all layers",
+            where=where,
+            expected=f"{num_layers} layers",
+            found=f"{start} ({stages})",
+        )
+    return tuple(found)
+
+
+def _read_dist(path: Path, save: Iteration) -> Megatron:
+    metadata = torch_dist.read_metadata(save.directory)
+    common = torch_dist.read_common(save.directory, metadata)
+    args = _args(common.get("args"), str(save.directory))
+    headers: dict[Key, Header] = {}
+    refs: dict[Key, torch_dist.ChunkRef] = {}
+    shapes, other = {}, []
+    names = [name.removeprefix(metadata.prefix) for name in metadata.tensors]
+    by_layer = per_layer_keys(names)
+    for full, tensor in metadata.tensors.items():
+        name = full.removeprefix(metadata.prefix)
+        if NOT_MODEL.fullmatch(name):
+            other.append(name)
+            continue
+        shapes[name] = tensor.shape
+        in_stack = name.startswith(STACKED_PREFIX) and not by_layer
+        for chunk in tensor.chunks:
+            key: Key = ("", name, chunk.offsets)
+            single = in_stack and chunk.sizes[0] == 1
+            headers[key] = Header(chunk.sizes[1:] if single else chunk.sizes, chunk.dtype)
+            refs[key] = chunk
+    if EMBEDDING not in shapes:
+        raise CheckpointError("the checkpoint has no input embedding", where=str(save.directory), expected=EMBEDDING)
+    objects = [name for name in metadata.objects if "_extra_state" in name]
+    others = sorted({name.split("/")[0] for name in metadata.objects if "_extra_state" not in name})
+    groups = sorted({name.split(".")[0] for name in other} | {name for name in others if name != "common_state"})
+    iteration = common.get("iteration") if save.iteration is None else save.iteration
+    architecture = from_args(args)
+    padded = shapes[EMBEDDING][0]
+    return Megatron(
+        path, replace(save, iteration=None if save.release else iteration), "torch_dist", args,
+        _vocabulary(architecture, args, padded), mesh_from_args(args), (),
+        "local" if args.get("transformer_impl") == "local" else "te", padded, headers,
+        lambda key: torch_dist.chunk_payload(refs[key]), {}, shapes, tuple(objects), tuple(groups),
+    )  # fmt: skip

@@ -1,0 +1,128 @@
+"""Megatron checkpoints, laid out for writing: per-rank files (`torch`) and `torch_dist`."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+from shardtool.checkpoint.target import Target, TargetTensor
+from shardtool.families.architecture import Architecture
+from shardtool.formats import megatron_legacy, torch_dist_out
+from shardtool.formats.stored import Skeleton
+from shardtool.formats.torch_dist import METADATA, ChunkRef, Extent, GlobalTensor
+from shardtool.layout.layout import Key, Layout
+from shardtool.layout.megatron import LAYER_PREFIX
+from shardtool.layout.mesh import Mesh
+from shardtool.layout.rules import Rule
+
+METADATA_JSON_FILE = "metadata.json"
+COMMON_FILE = "common.pt"
+
+
+def rank_files(mesh: Mesh) -> dict[tuple[int, int], str]:
+    """The file of each (tp rank, pipeline stage)."""
+    name = megatron_legacy.rank_name
+    return {
+        (tp, pp): f"{name(tp, pp, 0, mesh.pp, mesh.ep)}/{megatron_legacy.FILE_NAME}"
+        for tp in range(mesh.tp)
+        for pp in range(mesh.pp)
+    }
+
+
+def legacy_target(
+    tensors: Sequence[TargetTensor], args: Mapping[str, Any], mesh: Mesh, virtual: int, iteration: int, spec: str
+) -> Target:
+    """One model_optim_rng.pt per rank; every rank of the mesh gets a file, also one without tensors."""
+    by_file: dict[str, list[list[TargetTensor]]] = {
+        file: [[] for _ in range(virtual)] for file in rank_files(mesh).values()
+    }
+    for tensor in tensors:
+        by_file[tensor.key[0]][tensor.key[2][0]].append(tensor)
+    skeletons: dict[str, Skeleton] = {}
+    places: dict[Key, tuple[str, Hashable]] = {}
+    for file, chunks in by_file.items():
+        specs = [[(tensor.key[1], tensor.shape, tensor.dtype) for tensor in chunk] for chunk in chunks]
+        extra = [_extra_states([spec_[0] for spec_ in chunk], spec) for chunk in specs]
+        skeletons[file] = megatron_legacy.rank_skeleton({**args, "iteration": iteration}, specs, iteration, extra)
+        for number, chunk in enumerate(chunks):
+            places.update({tensor.key: (file, (number, tensor.key[1])) for tensor in chunk})
+    return Target(skeletons, places)
+
+
+def _extra_states(names: Sequence[str], spec: str) -> list[str]:
+    """The `_extra_state` keys beside these weights: of all linears, and of Transformer Engine's norms (since 1.13)."""
+    found = []
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        kind = module.rpartition(".")[2]
+        if leaf == "weight" and (
+            kind.startswith("linear_") or kind == "output_layer" or (spec == "te" and kind.endswith("norm"))
+        ):
+            found.append(module + "._extra_state")
+    return found
+
+
+def dist_target(
+    tensors: Sequence[TargetTensor], layout: Layout, args: Mapping[str, Any], a: Architecture, iteration: int
+) -> Target:
+    """The .distcp files of all ranks, `.metadata`, `common.pt`, and `metadata.json` last: it marks a finished save.
+
+    `_extra_state` objects are written for every module that the TE or the local spec asks for: without them
+    megatron-core's default strictness refuses to load (dist_checkpointing/validation.py).
+    """
+    by_file: dict[str, list[TargetTensor]] = defaultdict(list)
+    for tensor in tensors:
+        by_file[tensor.key[0]].append(tensor)
+    skeletons: dict[str, Skeleton] = {}
+    places: dict[Key, tuple[str, Hashable]] = {}
+    chunks: dict[str, list[ChunkRef]] = defaultdict(list)
+    for file, held in by_file.items():
+        # a stacked tensor's chunk has the layers' dim, of size 1; in the layout the layer is part of the key
+        shapes = {tensor.key: (1,) * (len(tensor.key[2]) - len(tensor.shape)) + tensor.shape for tensor in held}
+        items = [(tensor.key[1], tensor.key[2], shapes[tensor.key], tensor.dtype) for tensor in held]
+        skeletons[file], extents = torch_dist_out.data_file_skeleton(items)
+        for tensor, (position, length) in zip(held, extents, strict=True):
+            places[tensor.key] = (file, (tensor.key[1], tensor.key[2]))
+            chunks[tensor.key[1]].append(
+                ChunkRef(tensor.key[2], shapes[tensor.key], tensor.dtype, Extent(file, position, length))
+            )
+    blob, names = torch_dist_out.extra_state_blob(), _extra_objects(layout.rules, a)
+    objects_file = "__0_1.distcp"
+    skeletons[objects_file], extents = torch_dist_out.data_file_skeleton([], [(name, blob) for name in names])
+    objects = {name: Extent(objects_file, *extent) for name, extent in zip(names, extents, strict=True)}
+    globals_ = {
+        name: GlobalTensor(
+            tuple(max(chunk.offsets[dim] + chunk.sizes[dim] for chunk in held) for dim in range(len(held[0].sizes))),
+            held[0].dtype,
+            tuple(held),
+        )
+        for name, held in chunks.items()
+    }
+    last = {
+        METADATA: torch_dist_out.metadata_bytes(globals_, objects),
+        COMMON_FILE: torch_dist_out.common_bytes({**args, "iteration": iteration}, iteration),
+        METADATA_JSON_FILE: torch_dist_out.METADATA_JSON,
+    }
+    assert all(prod(tensor.shape) for tensor in tensors)
+    return Target(skeletons, places, last)
+
+
+def _extra_objects(rules: Sequence[Rule], a: Architecture) -> list[str]:
+    """The `_extra_state` objects of the homogeneous layout: a superset of what any spec or TE version asks for."""
+    modules: dict[str, None] = {}
+    for rule in rules:
+        module, _, leaf = rule.megatron.rpartition(".")
+        kind = module.rpartition(".")[2]
+        if leaf == "weight" and (kind.startswith("linear_") or kind.endswith("norm")):
+            modules[module] = None
+    names = []
+    for module in modules:
+        if module.startswith(LAYER_PREFIX):
+            name = re.sub(r"\{l\}\.", "", module)
+            names += [f"{name}._extra_state/shard_{layer}_{a.num_layers}" for layer in range(a.num_layers)]
+        else:
+            names.append(f"{module}._extra_state/shard_0_1")
+    return names

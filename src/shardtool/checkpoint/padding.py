@@ -1,0 +1,77 @@
+"""Rows of the padded vocabulary: what fills them on the way in, what is said about them on the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from shardtool.checkpoint.opened import Opened
+from shardtool.execute import engine
+from shardtool.execute.tiles import Workspace, numpy_dtype
+from shardtool.formats.stored import Payload
+from shardtool.layout.layout import Key
+from shardtool.plan.plan import Plan
+
+
+def padding_rows(plan: Plan, source: Opened, work: Sequence[tuple[engine.Task, str, Payload]]) -> dict[Key, bytes]:
+    """The bytes of one padding row per target tensor, where padding is the mean of the vocabulary's rows."""
+    if plan.pad != "mean" or not plan.fills:
+        return {}
+    padded = {id(fill.piece) for fill in plan.fills}
+    rules = {fill.piece.rule for fill in plan.fills}
+    space, rows = Workspace(), {}
+    try:
+        for rule in rules:
+            held = [(task, payload) for task, _, payload in work if task.piece.rule == rule and not task.piece.replica]
+            total, count = np.zeros(held[0][0].shape[1], np.float64), 0
+            for task, _ in held:
+                real = sum(copy.volume for copy, _ in task.copies) // task.shape[1]
+                total += _row_sum(space, task, source, real)
+                count += real
+            mean = (total / count).astype(np.float32)
+            for task, _, payload in work:
+                if task.piece.rule == rule and id(task.piece) in padded:
+                    rows[task.key] = mean.astype(numpy_dtype(payload.dtype, values=True)).tobytes()
+    finally:
+        space.close()
+    return rows
+
+
+def _row_sum(space: Workspace, task: engine.Task, source: Opened, real: int) -> Any:
+    """The sum of the first `real` rows of a task's tensor, in float64."""
+    width = task.shape[1]
+    total = np.zeros(width, np.float64)
+    for low, tile in engine.assemble(space, task, source.locate):
+        values = tile.view(numpy_dtype(task.dtype, values=True)).astype(np.float64)
+        flat = np.arange(low, low + len(values))
+        keep = flat < real * width
+        np.add.at(total, flat[keep] % width, values[keep])
+    return total
+
+
+def cut_rows(plan: Plan, source: Opened) -> tuple[str, ...]:
+    """What is to be said of the source's padding rows that are not exported: only where they are not what padding is.
+
+    Padding is zeros or a repeat of one row; trained padding rows are neither, and dropping them loses something.
+    """
+    notes = []
+    rows: dict[str, list[Any]] = {}
+    space = Workspace()
+    try:
+        for cut in plan.cuts:
+            if cut.piece.replica or len(cut.shape) != 2:
+                continue
+            stored = source.locate(cut.piece.key(()))
+            dtype = numpy_dtype(stored.dtype, values=True)
+            buffer = space.buffer("span", cut.volume * dtype.itemsize)
+            space.read_into(stored.file, stored.offset + cut.offset * dtype.itemsize, memoryview(buffer))
+            rows.setdefault(cut.piece.name, []).append(np.array(buffer.view(dtype)).reshape(cut.shape))
+    finally:
+        space.close()
+    for name, parts in rows.items():
+        held = np.concatenate(parts)
+        if not (held == 0).all() and not (held == held[0]).all():
+            notes.append(f"{len(held)} padding rows of {name} were cut that are neither zeros nor a repeat of one row")
+    return tuple(notes)

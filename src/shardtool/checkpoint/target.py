@@ -1,0 +1,88 @@
+"""What is to be written: tensors with their shapes and dtypes, and the files that will hold them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+
+from shardtool.checkpoint.opened import Header
+from shardtool.errors import CheckpointError
+from shardtool.formats.stored import Payload, Skeleton
+from shardtool.layout.layout import Key, Piece
+from shardtool.plan.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class TargetTensor:
+    """A tensor to write."""
+
+    key: Key
+    piece: Piece
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """Files before their payload. `places` finds a tensor in a skeleton; `last` are small files written at the end, in order."""
+
+    skeletons: Mapping[str, Skeleton]
+    places: Mapping[Key, tuple[str, Hashable]]
+    last: Mapping[str, bytes] = field(default_factory=dict)
+
+    def payload(self, key: Key) -> tuple[str, Payload]:
+        """The file of a tensor and its place there."""
+        name, inner = self.places[key]
+        return name, self.skeletons[name].payload[inner]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(skeleton.size for skeleton in self.skeletons.values()) + sum(map(len, self.last.values()))
+
+
+def target_tensors(plan: Plan, dtypes: Mapping[int, str]) -> list[TargetTensor]:
+    """Every tensor of the plan's target in the order of the files; `dtypes` by identity of the piece."""
+    found = []
+    for piece in plan.dst.pieces:
+        shape, dtype = plan.dst.shape(piece), dtypes[id(piece)]
+        found += [(ids, TargetTensor(piece.key(ids), piece, shape, dtype)) for ids in piece.ids()]
+    found.sort(key=lambda item: _order(item[1].piece, item[0]))
+    return [tensor for _, tensor in found]
+
+
+def _order(piece: Piece, ids: tuple[int, ...]) -> tuple[int, tuple[int, ...], int]:
+    """Input embedding, then layer by layer, then what comes after the layers."""
+    if ids:
+        return (1, ids, piece.rule)
+    early = ("embedding.", "model.embed", "transformer.wte", "transformer.wpe")
+    return (0 if piece.name.startswith(early) and not piece.replica else 2, (), piece.rule)
+
+
+def resolve_dtypes(plan: Plan, headers: Mapping[Key, Header], cast: str | None) -> dict[int, str]:
+    """The dtype of every target piece: `cast`, or that of its sources.
+
+    CheckpointError where sources of different dtypes meet in one tensor and no `cast` says what it shall be.
+    """
+    if cast is not None:
+        return {id(piece): cast for piece in plan.dst.pieces}
+    of_source = {id(piece): {headers[piece.key(ids)].dtype for ids in piece.ids()} for piece in plan.src.pieces}
+    found: dict[int, set[str]] = {id(piece): set() for piece in plan.dst.pieces}
+    of_rule: dict[int, set[str]] = defaultdict(set)
+    for copy in plan.copies:
+        found[id(copy.dst)] |= of_source[id(copy.src)]
+        of_rule[copy.dst.rule] |= of_source[id(copy.src)]
+    for piece in plan.dst.pieces:  # a shard of nothing but padding has its tensor's dtype
+        found[id(piece)] = found[id(piece)] or of_rule[piece.rule]
+    mixed = [piece for piece in plan.dst.pieces if len(found[id(piece)]) > 1]
+    if mixed:
+        raise CheckpointError(
+            "tensors of different dtypes meet in one tensor",
+            where=mixed[0].name,
+            expected="one dtype",
+            found=", ".join(sorted(found[id(mixed[0])])),
+            details=tuple(sorted({f"{piece.name}: {', '.join(sorted(found[id(piece)]))}" for piece in mixed})[:20]),
+            hint="choose the dtype with --dtype bf16, fp16 or fp32",
+        )
+    return {key: next(iter(dtypes)) for key, dtypes in found.items()}

@@ -1,0 +1,344 @@
+"""The conversions: Hugging Face to Megatron, Megatron to Hugging Face, Megatron to Megatron.
+
+Each is prepared first (headers read, layouts made, the plan checked: `Prepared`), then executed. Nothing is written
+before every check has passed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from shardtool.checkpoint.huggingface import (
+    HuggingFace, config_bytes, copy_companions, huggingface_target, open_huggingface, read_config,
+)  # fmt: skip
+from shardtool.checkpoint.megatron import Megatron, read_megatron
+from shardtool.checkpoint.megatron_target import dist_target, legacy_target, rank_files
+from shardtool.checkpoint.opened import Opened
+from shardtool.checkpoint.padding import cut_rows, padding_rows
+from shardtool.checkpoint.target import Target, resolve_dtypes, target_tensors
+from shardtool.errors import CheckpointError, UsageError
+from shardtool.execute import engine
+from shardtool.execute.staging import check_destination, staged, write_small
+from shardtool.families.architecture import Architecture
+from shardtool.families.blocks import axis_sizes, standard
+from shardtool.families.family import TRAINING_ONLY, Family, describe_differences
+from shardtool.families.megatron_args import FAMILY_NAME, launch_flags, to_args
+from shardtool.families.registry import family_of, infer_family
+from shardtool.formats.tracker import TRACKER, iteration_name, tracker_bytes
+from shardtool.layout.huggingface import huggingface_layout
+from shardtool.layout.layout import Layout
+from shardtool.layout.megatron import dist_layout, legacy_layout
+from shardtool.layout.mesh import Mesh, chunks, padded_vocab, virtual_stages
+from shardtool.layout.rules import Rule
+from shardtool.plan.plan import Plan, plan, replicas
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronOptions:
+    """How a Megatron checkpoint is to be written."""
+
+    mesh: Mesh = field(default_factory=Mesh)
+    format: str = "torch_dist"
+    spec: str = "te"
+    dtype: str = "keep"
+    vocab_divisible_by: int = 128
+    vocab_pad: str = "zeros"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion that has passed every check and has written nothing yet."""
+
+    direction: str
+    source: Opened
+    plan: Plan
+    target: Target
+    architecture: Architecture
+    subdirectory: str  # of DST, for the tensors; "" is DST itself
+    last: Mapping[str, bytes]  # small files of DST, written after everything else, in order
+    companions: Path | None = None  # a Hugging Face directory whose tokenizer comes with it
+    notes: tuple[str, ...] = ()
+    dtypes: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> int:
+        """Tensors to be written."""
+        return len(self.target.places)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion did."""
+
+    direction: str
+    src: str
+    dst: str
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    files: int
+    seconds: float
+    plan_digest: str
+    ignored: int
+    replicas_compared: int
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def prepare_hf2megatron(src: Path, options: MegatronOptions) -> Prepared:
+    """Hugging Face directory to Megatron: `release/` in the layout of `options`."""
+    source = open_huggingface(src)
+    a = source.opened.architecture
+    return _to_megatron("hf2megatron", source.opened, a, source.opened.layout.rules, options, None, ())
+
+
+def prepare_reshard(src: Path, options: MegatronOptions, *, keep_format: bool = False) -> Prepared:
+    """Megatron to Megatron in another layout; the iteration stays."""
+    source = read_megatron(src)
+    if keep_format:
+        options = replace(options, format=source.format, spec=source.spec)
+    divisible_by = options.vocab_divisible_by
+    padded = padded_vocab(source.architecture.vocab_size, divisible_by, options.mesh.tp)
+    # rows that both layouts have room for are carried over as they are, also those beyond the vocabulary
+    rows = min(padded, source.padded_vocab)
+    rules = standard(source.architecture)
+    opened = source.open(rules, rows)
+    prepared = _to_megatron(
+        "reshard", opened, source.architecture, rules, options, source.save.iteration, _left_behind(source), source.args
+    )
+    return prepared
+
+
+def _to_megatron(
+    direction: str,
+    source: Opened,
+    a: Architecture,
+    rules: tuple[Rule, ...],
+    options: MegatronOptions,
+    iteration: int | None,
+    notes: tuple[str, ...],
+    run: Mapping[str, Any] | None = None,
+) -> Prepared:
+    mesh = options.mesh
+    _check_options(options, a)
+    padded = padded_vocab(a.vocab_size, options.vocab_divisible_by, mesh.tp)
+    model_chunks = chunks(mesh, a.num_layers)
+    sizes = source.layout.sizes
+    target_layout: Layout
+    if options.format == "torch":
+        target_layout = legacy_layout(rules, sizes, padded, model_chunks, mesh, options.spec, rank_files(mesh))
+    else:
+        target_layout = dist_layout(rules, sizes, padded, model_chunks, mesh)
+    made = plan(source.layout, target_layout, pad=options.vocab_pad)
+    dtypes = resolve_dtypes(made, source.headers, DTYPES.get(options.dtype))
+    tensors = target_tensors(made, dtypes)
+    main = next(tensor.dtype for tensor in tensors if tensor.key[1] == "embedding.word_embeddings.weight")
+    args = to_args(
+        a,
+        mesh,
+        padded=padded,
+        divisible_by=options.vocab_divisible_by,
+        dtype=main,
+        fmt=options.format,
+        spec=options.spec,
+    )
+    if run is not None:
+        args = _carry_run(args, run)
+    number = iteration or 0
+    if options.format == "torch":
+        target = legacy_target(tensors, args, mesh, virtual_stages(mesh), number, options.spec)
+    else:
+        target = dist_target(tensors, target_layout, args, a, number)
+    return Prepared(
+        direction, source, made, target, a, iteration_name(iteration), {TRACKER: tracker_bytes(iteration)},
+        notes=notes, dtypes=dtypes,
+    )  # fmt: skip
+
+
+def _carry_run(args: dict[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """The args of the source run, with those that the new layout decides replaced. Only plain data is carried."""
+    plain = {name: value for name, value in run.items() if _is_plain(value)}
+    kept = {name: value for name, value in args.items() if name != FAMILY_NAME or value}
+    progress = ("consumed_train_samples", "consumed_valid_samples", "seq_length", "data_parallel_size")
+    kept = {name: plain.get(name, value) if name in progress else value for name, value in kept.items()}
+    return {**plain, **kept}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(item) for pair in value.items() for item in pair)
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _check_options(options: MegatronOptions, a: Architecture) -> None:
+    for name, value, known in (
+        ("--format", options.format, ("torch", "torch_dist")),
+        ("--spec", options.spec, ("te", "local")),
+        ("--dtype", options.dtype, ("keep", *DTYPES)),
+        ("--vocab-pad", options.vocab_pad, ("zeros", "mean", "last")),
+    ):
+        if value not in known:
+            raise UsageError(f"{name} {value!r} is not known", expected=" or ".join(known), found=value)
+    if options.vocab_divisible_by < 1:
+        raise UsageError("--vocab-divisible-by must be at least 1", found=str(options.vocab_divisible_by))
+    if options.mesh.ep > 1 or options.mesh.etp not in (None, options.mesh.tp):
+        raise UsageError(
+            "--ep and --etp need experts",
+            where=f"{a.family or 'this'} model",
+            found="a dense model",
+            hint="leave them out",
+        )
+
+
+def prepare_megatron2hf(
+    src: Path, hf: Path | None, *, dtype: str = "keep", max_shard_size: int = 5 * 10**9
+) -> Prepared:
+    """Megatron to a Hugging Face directory.
+
+    Without `hf` config.json is made from the checkpoint's args. With it (a directory or a config.json) the config is
+    taken over, after a comparison with the args; the true vocabulary size, tokenizer, chat template and generation
+    config come from there.
+    """
+    source = read_megatron(src)
+    if dtype not in ("keep", *DTYPES):
+        raise UsageError(f"--dtype {dtype!r} is not known", expected="keep, bf16, fp16 or fp32", found=dtype)
+    notes = _left_behind(source)
+    family, a, given = _target_family(source, hf)
+    if not given and not source.args.get("vocab_size"):
+        notes += (
+            f"the args have no vocab_size: all {source.padded_vocab} stored rows are exported; --hf gives the true size",
+        )
+    rules = family.rules(a)
+    opened = source.open(rules, a.vocab_size)
+    layout = huggingface_layout(rules, axis_sizes(a))
+    made = plan(opened.layout, layout)
+    dtypes = resolve_dtypes(made, opened.headers, DTYPES.get(dtype))
+    tensors = target_tensors(made, dtypes)
+    target = huggingface_target(tensors, max_shard_size)
+    config = {**given} if given else family.write_config(a, "")
+    config.pop("dtype", None)
+    config["torch_dtype"] = next(tensor.dtype for tensor in tensors)
+    companions = hf if hf is not None and hf.is_dir() else None
+    return Prepared(
+        "megatron2hf", opened, made, target, a, "", {"config.json": config_bytes(config)}, companions, notes, dtypes
+    )
+
+
+def _target_family(source: Megatron, hf: Path | None) -> tuple[Family, Architecture, Mapping[str, Any]]:
+    """The family, the architecture with its true vocabulary size, and the given config (empty without one)."""
+    a = source.architecture
+    if hf is None:
+        family = infer_family(a, str(source.args[FAMILY_NAME]) if source.args.get(FAMILY_NAME) else None)
+        return family, replace(a, family=family.model_type), {}
+    config = read_config(hf)
+    family = family_of(config)
+    theirs = family.read_config(config)
+    ignore = {"family", *TRAINING_ONLY}
+    if a.rope is not None:
+        ignore.add("max_positions")  # training may have seen shorter sequences than the model allows
+    if not source.args.get("vocab_size"):
+        ignore.add("vocab_size")
+    differences = describe_differences(a, theirs, frozenset(ignore))
+    if differences:
+        raise CheckpointError(
+            "the checkpoint and the Hugging Face config are different models",
+            where=f"{source.path} and {hf}",
+            details=tuple(f"{line} (checkpoint and config)" for line in differences),
+            hint="give the config of the model that was trained, or leave out --hf to have config.json made from the args",
+        )
+    return family, theirs, config
+
+
+def _left_behind(source: Megatron) -> tuple[str, ...]:
+    if not source.not_converted:
+        return ()
+    return (f"only the model is converted; left behind: {', '.join(source.not_converted)}",)
+
+
+def execute(
+    prepared: Prepared,
+    dst: Path,
+    *,
+    overwrite: bool = False,
+    jobs: int = 2,
+    progress: Callable[[int, str], None] | None = None,
+) -> Summary:
+    """Write a prepared conversion to DST: all of it, or nothing.
+
+    Replicas in the source are compared with each other first; CheckpointError where they differ.
+    """
+    started = time.monotonic()
+    source = prepared.source
+    check_destination(source.path, dst, overwrite=overwrite)
+    compared = _compare_replicas(source)
+    notes = prepared.notes + cut_rows(prepared.plan, source)
+    with staged(dst) as stage:
+        directory = stage / prepared.subdirectory
+        work = []
+        for task in engine.tasks(prepared.plan, lambda key: prepared.target.payload(key)[1].dtype):
+            file, payload = prepared.target.payload(task.key)
+            work.append((task, file, payload))
+        files = engine.Files(directory, prepared.target.skeletons)
+        try:
+            fills = padding_rows(prepared.plan, source, work)
+            written = engine.write(work, files, source.locate, fills=fills, jobs=jobs, progress=progress)
+        except BaseException:
+            files.close(sync=False)
+            raise
+        files.close(sync=True)
+        for name, data in prepared.target.last.items():
+            write_small(directory / name, data)
+        if prepared.companions is not None:
+            copied = copy_companions(prepared.companions, directory)
+            notes += (f"carried over: {', '.join(copied)}",) if copied else ()
+        for name, data in prepared.last.items():
+            write_small(stage / name, data)
+    return Summary(
+        prepared.direction, str(source.path), str(dst), prepared.tensors, source.nbytes, written,
+        len(prepared.target.skeletons), time.monotonic() - started, prepared.plan.digest(), len(source.ignored), compared, notes,
+    )  # fmt: skip
+
+
+def _compare_replicas(source: Opened) -> int:
+    """Compare what the source holds more than once; the number of elements compared."""
+    twins = replicas(source.layout)
+    if twins is None:
+        return 0
+    compared, differences = engine.compare(twins, source.locate, source.locate)
+    if differences:
+        lines = [
+            f"{item.key[1]} in {item.key[0] or source.path}: {item.elements} of {item.total} elements differ"
+            for item in differences
+        ]
+        raise CheckpointError(
+            "copies of the same weights differ",
+            where=str(source.path),
+            expected="bit-identical replicas (norms over tp, tied embeddings over pp)",
+            details=tuple(lines[:20]),
+            hint="the ranks are not of one save, or a rank diverged during training",
+        )
+    return compared
+
+
+def flags_of(source: Megatron | HuggingFace, mesh: Mesh | None = None, *, stored_only: bool | None = None) -> list[str]:
+    """The Megatron-LM launch flags of a checkpoint (see families.megatron_args.launch_flags)."""
+    if isinstance(source, Megatron):
+        a, parallel, dtype, fmt = source.architecture, source.mesh, source.dtype, source.format
+        divisible_by = source.args.get("make_vocab_size_divisible_by") or 128
+        only = True if stored_only is None else stored_only
+    else:
+        a, parallel, fmt, divisible_by = source.opened.architecture, mesh or Mesh(), "torch_dist", 128
+        dtype = max(source.opened.dtypes().items(), key=lambda item: item[1])[0]
+        only = bool(stored_only)
+    return launch_flags(a, parallel, dtype, divisible_by=divisible_by, fmt=fmt, stored_only=only)

@@ -1,0 +1,280 @@
+"""Megatron-LM's `args`: what a checkpoint stores of its model, and the launch flags for what it does not read back.
+
+Names and read-back rules: Megatron-LM training/arguments.py and training/checkpointing.py `load_args_from_checkpoint`
+(core 0.16 to 0.19): some names are forced from the checkpoint, some fill unset flags, the rest must be given again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shardtool.errors import CheckpointError
+from shardtool.families.architecture import Architecture, Rope, RopeScaling
+from shardtool.layout.mesh import Mesh, virtual_stages
+
+Args = Mapping[str, Any]
+
+FAMILY_NAME = "hf_model_type"  # our own entry in args: the Hugging Face family that the checkpoint came from
+
+NOT_DENSE = {
+    "num_experts": "experts",
+    "multi_latent_attention": "multi-latent attention",
+    "mtp_num_layers": "multi-token prediction",
+    "hybrid_override_pattern": "hybrid layers",
+    "hybrid_layer_pattern": "hybrid layers",
+    "attention_output_gate": "an attention output gate",
+    "experimental_attention_variant": "an experimental attention",
+    "linear_attention_type": "linear attention",
+    "heterogeneous_layers_config_path": "heterogeneous layers",
+    "heterogeneous_layers_config_encoded_json": "heterogeneous layers",
+    "apply_layernorm_1p": "norms stored as gamma - 1",
+    "squared_relu": "squared ReLU",
+    "window_attn_skip_freq": "a window on some layers only",
+    "no_rope_freq": "layers without rope",
+}
+
+
+def to_args(
+    a: Architecture, mesh: Mesh, *, padded: int, divisible_by: int, dtype: str, fmt: str, spec: str
+) -> dict[str, Any]:
+    """The `args` entries of a checkpoint that holds this model; dtypes as 'torch.bfloat16' strings."""
+    scaling = a.rope.scaling if a.rope else None
+    linear = scaling.factor if scaling and scaling.kind == "linear" else None
+    chunks_per_stage = virtual_stages(mesh)
+    return {
+        "num_layers": a.num_layers,
+        "hidden_size": a.hidden_size,
+        "ffn_hidden_size": a.ffn_size,
+        "num_attention_heads": a.num_heads,
+        "kv_channels": a.head_dim,
+        "group_query_attention": a.num_query_groups != a.num_heads,
+        "num_query_groups": a.num_query_groups,
+        "max_position_embeddings": a.max_positions,
+        "seq_length": a.max_positions,
+        "position_embedding_type": "rope" if a.rope else "learned_absolute",
+        "add_position_embedding": True,
+        "use_rotary_position_embeddings": a.rope is not None,
+        "rotary_base": _whole(a.rope.theta) if a.rope else 10000,
+        "rotary_percent": a.rope.fraction if a.rope else 1.0,
+        "rotary_interleaved": a.rope.interleaved if a.rope else False,
+        "rotary_seq_len_interpolation_factor": None if linear is None else _whole(linear),
+        "use_rope_scaling": scaling is not None and scaling.kind == "llama3",
+        "rope_scaling_factor": scaling.factor if scaling and scaling.kind == "llama3" else 8.0,
+        "add_bias_linear": a.linear_bias,
+        "add_qkv_bias": a.qkv_bias,
+        "swiglu": a.gated and a.activation == "silu",
+        "squared_relu": False,
+        "openai_gelu": False,
+        "bias_gelu_fusion": a.activation == "gelu_tanh",
+        "untie_embeddings_and_output_weights": not a.tied,
+        "apply_layernorm_1p": False,
+        "normalization": "RMSNorm" if a.norm == "rms" else "LayerNorm",
+        "norm_epsilon": a.norm_eps,
+        "qk_layernorm": a.qk_norm,
+        "window_size": None if a.window is None else (a.window - 1, 0),
+        "attention_dropout": a.attention_dropout,
+        "hidden_dropout": a.hidden_dropout,
+        "apply_query_key_layer_scaling": False,
+        "vocab_size": a.vocab_size,
+        "padded_vocab_size": padded,
+        "make_vocab_size_divisible_by": divisible_by,
+        "num_experts": None,
+        "multi_latent_attention": False,
+        "tensor_model_parallel_size": mesh.tp,
+        "pipeline_model_parallel_size": mesh.pp,
+        "virtual_pipeline_model_parallel_size": chunks_per_stage if chunks_per_stage > 1 else None,
+        "num_layers_per_virtual_pipeline_stage": None,
+        "expert_model_parallel_size": mesh.ep,
+        "expert_tensor_parallel_size": mesh.expert_tp,
+        "context_parallel_size": 1,
+        "decoder_first_pipeline_num_layers": mesh.first_stage_layers,
+        "decoder_last_pipeline_num_layers": mesh.last_stage_layers,
+        "account_for_embedding_in_pipeline_split": mesh.account_for_embedding,
+        "account_for_loss_in_pipeline_split": mesh.account_for_loss,
+        "pipeline_model_parallel_layout": mesh.pipeline_layout,
+        "params_dtype": f"torch.{dtype}",
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "world_size": mesh.tp * mesh.pp,
+        "data_parallel_size": 1,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+        "iteration": 0,
+        "ckpt_format": fmt,
+        "transformer_impl": "transformer_engine" if spec == "te" else "local",
+        "no_save_optim": True,
+        "no_save_rng": True,
+        FAMILY_NAME: a.family,
+    }
+
+
+def _whole(value: float) -> float | int:
+    """Megatron-LM's --rotary-base and --rotary-seq-len-interpolation-factor are integers; keep others as they are."""
+    return int(value) if float(value).is_integer() else value
+
+
+def from_args(args: Args) -> Architecture:
+    """The architecture that a Megatron checkpoint's args describe.
+
+    Absent entries take Megatron-LM's defaults (training/arguments.py 0.16). CheckpointError where something is missing
+    that has no default, or where the model is of a kind that is not converted.
+    """
+    missing = [name for name in ("num_layers", "hidden_size", "num_attention_heads") if args.get(name) is None]
+    if missing:
+        raise CheckpointError(
+            "the checkpoint's args do not say what model it is", where="args", expected=", ".join(missing)
+        )
+    for name, what in NOT_DENSE.items():
+        if args.get(name):
+            raise CheckpointError(
+                f"the model has {what}, which is not converted",
+                where="args",
+                expected=f"no {name}",
+                found=repr(args[name]),
+            )
+    heads, hidden = args["num_attention_heads"], args["hidden_size"]
+    gated = bool(args.get("swiglu"))
+    window = args.get("window_size")
+    if window is not None and (len(window) != 2 or window[1] != 0):
+        raise CheckpointError(
+            "the attention window is not causal", where="args", expected="window_size (W, 0)", found=repr(window)
+        )
+    # megatron-core's F.gelu is the tanh form under bias_gelu_fusion (fusions/fused_bias_gelu.py), erf without it
+    fused = args.get("bias_gelu_fusion", True) and args.get("add_bias_linear", True)
+    gelu = "gelu_tanh" if args.get("openai_gelu") or fused else "gelu"
+    return Architecture(
+        family=str(args.get(FAMILY_NAME) or ""),
+        num_layers=args["num_layers"],
+        hidden_size=hidden,
+        num_heads=heads,
+        num_query_groups=(args.get("num_query_groups") or heads) if args.get("group_query_attention", True) else heads,
+        head_dim=args.get("kv_channels") or hidden // heads,
+        ffn_size=args.get("ffn_hidden_size") or (int((4 * hidden * 2 / 3) / 64) * 64 if gated else 4 * hidden),
+        vocab_size=args.get("vocab_size") or args.get("padded_vocab_size") or 0,
+        max_positions=args.get("max_position_embeddings") or args.get("seq_length") or 0,
+        norm="rms" if args.get("normalization", "LayerNorm") == "RMSNorm" else "layer",
+        norm_eps=args.get("norm_epsilon", args.get("layernorm_epsilon", 1e-5)),
+        activation="silu" if gated else gelu,  # type: ignore[arg-type]  # one of the two literals above
+        gated=gated,
+        qkv_bias=bool(args.get("add_qkv_bias")),
+        linear_bias=bool(args.get("add_bias_linear", not args.get("disable_bias_linear", False))),
+        qk_norm=bool(args.get("qk_layernorm")),
+        tied=not args.get("untie_embeddings_and_output_weights", False),
+        rope=_rope(args),
+        window=None if window is None else window[0] + 1,
+        attention_dropout=args.get("attention_dropout") or 0.0,
+        hidden_dropout=args.get("hidden_dropout") or 0.0,
+    )
+
+
+def _rope(args: Args) -> Rope | None:
+    kind = args.get(
+        "position_embedding_type", "rope" if args.get("use_rotary_position_embeddings") else "learned_absolute"
+    )
+    if kind == "learned_absolute":
+        return None
+    if kind != "rope":
+        raise CheckpointError(
+            "this position embedding is not converted", where="args", expected="rope or learned_absolute", found=kind
+        )
+    scaling = None
+    if args.get("use_rope_scaling"):
+        scaling = RopeScaling("llama3", float(args.get("rope_scaling_factor") or 8.0))
+    elif factor := args.get("rotary_seq_len_interpolation_factor"):
+        scaling = RopeScaling("linear", float(factor))
+    return Rope(
+        float(args.get("rotary_base") or 10000),
+        args.get("rotary_percent", 1.0),
+        bool(args.get("rotary_interleaved")),
+        scaling,
+    )
+
+
+def mesh_from_args(args: Args) -> Mesh:
+    """The parallel layout that the args record."""
+    return Mesh(
+        tp=args.get("tensor_model_parallel_size") or 1,
+        pp=args.get("pipeline_model_parallel_size") or 1,
+        vpp=args.get("virtual_pipeline_model_parallel_size") or 1,
+        ep=args.get("expert_model_parallel_size") or 1,
+        etp=args.get("expert_tensor_parallel_size"),
+        first_stage_layers=args.get("decoder_first_pipeline_num_layers"),
+        last_stage_layers=args.get("decoder_last_pipeline_num_layers"),
+        account_for_embedding=bool(args.get("account_for_embedding_in_pipeline_split")),
+        account_for_loss=bool(args.get("account_for_loss_in_pipeline_split")),
+        pipeline_layout=args.get("pipeline_model_parallel_layout"),
+    )
+
+
+def launch_flags(
+    a: Architecture, mesh: Mesh, dtype: str, *, divisible_by: int, fmt: str, stored_only: bool = False
+) -> list[str]:
+    """Megatron-LM launch flags of a model, one per entry.
+
+    With `stored_only` false: every flag. With it true: only those that `--use-checkpoint-args` does not read back.
+    """
+    scaling = a.rope.scaling if a.rope else None
+    read_back = [
+        f"--num-layers {a.num_layers}",
+        f"--hidden-size {a.hidden_size}",
+        f"--ffn-hidden-size {a.ffn_size}",
+        f"--num-attention-heads {a.num_heads}",
+        f"--kv-channels {a.head_dim}",
+        *(
+            [f"--group-query-attention --num-query-groups {a.num_query_groups}"]
+            if a.num_query_groups != a.num_heads
+            else []
+        ),
+        f"--max-position-embeddings {a.max_positions}",
+        f"--seq-length {a.max_positions}",
+        f"--position-embedding-type {'rope' if a.rope else 'learned_absolute'}",
+        *([f"--rotary-base {_whole(a.rope.theta)}", f"--rotary-percent {a.rope.fraction}"] if a.rope else []),
+        *([] if a.linear_bias else ["--disable-bias-linear"]),
+        *(["--add-qkv-bias"] if a.qkv_bias else []),
+        *(["--swiglu"] if a.gated else []),
+        *([] if a.tied else ["--untie-embeddings-and-output-weights"]),
+        f"--normalization {'RMSNorm' if a.norm == 'rms' else 'LayerNorm'}",
+        f"--attention-dropout {a.attention_dropout}",
+        f"--hidden-dropout {a.hidden_dropout}",
+    ]
+    not_read_back = [
+        f"--tensor-model-parallel-size {mesh.tp}",
+        f"--pipeline-model-parallel-size {mesh.pp}",
+        *_split_flags(mesh),
+        f"--norm-epsilon {a.norm_eps}",
+        *(["--qk-layernorm"] if a.qk_norm else []),
+        *([f"--window-size {a.window - 1},0"] if a.window is not None else []),
+        *(
+            [f"--use-rope-scaling --rope-scaling-factor {scaling.factor}"]
+            if scaling and scaling.kind == "llama3"
+            else []
+        ),
+        *(
+            [f"--rotary-seq-len-interpolation-factor {_whole(scaling.factor)}"]
+            if scaling and scaling.kind == "linear"
+            else []
+        ),
+        *(["--no-bias-gelu-fusion"] if a.activation == "gelu" else []),
+        f"--make-vocab-size-divisible-by {divisible_by}",
+        f"--ckpt-format {fmt}",
+        *({"bfloat16": ["--bf16"], "float16": ["--fp16"]}.get(dtype, [])),
+    ]
+    return not_read_back if stored_only else read_back + not_read_back
+
+
+def _split_flags(mesh: Mesh) -> list[str]:
+    flags = []
+    if mesh.pipeline_layout is not None:
+        flags.append(f"--pipeline-model-parallel-layout '{mesh.pipeline_layout}'")
+    elif mesh.vpp > 1:
+        flags.append(f"--num-virtual-stages-per-pipeline-rank {mesh.vpp}")
+    if mesh.first_stage_layers is not None:
+        flags.append(f"--decoder-first-pipeline-num-layers {mesh.first_stage_layers}")
+    if mesh.last_stage_layers is not None:
+        flags.append(f"--decoder-last-pipeline-num-layers {mesh.last_stage_layers}")
+    if mesh.account_for_embedding:
+        flags.append("--account-for-embedding-in-pipeline-split")
+    if mesh.account_for_loss:
+        flags.append("--account-for-loss-in-pipeline-split")
+    return flags

@@ -1,0 +1,191 @@
+"""safetensors: headers read strictly, files laid out before their payload, and the index of a sharded checkpoint.
+
+A file is an 8-byte little-endian length, a JSON header of that length, and the payload; offsets in the header count
+from the end of the header (https://github.com/huggingface/safetensors, README, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+
+from shardtool.errors import CheckpointError
+from shardtool.formats.hf_index import read_shards, strict_json
+from shardtool.formats.stored import ITEMSIZE, Payload, Skeleton, Stored
+
+DTYPES: dict[str, str] = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "U16": "uint16", "U32": "uint32", "U64": "uint64",
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000  # the limit of safetensors itself
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+TensorSpec = tuple[str, tuple[int, ...], str]  # name, shape, dtype
+
+
+def read_header(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a file, in the order of their payload, and the file's metadata. No payload is read.
+
+    Raises CheckpointError for a header that is damaged, ambiguous (a name twice), of an unknown dtype, or that does not
+    describe every byte of the file exactly once.
+    """
+    where = str(path)
+    try:
+        with Path(path).open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(_MAX_HEADER, size - 8):
+                raise _damaged(where, f"a header of {length} bytes in a file of {size} bytes")
+            data = file.read(length)
+    except OSError as error:
+        raise CheckpointError("a file cannot be read", where=where, found=error.strerror) from None
+    if not data.startswith(b"{"):
+        raise _damaged(where, "a header that does not begin with {")
+    header = strict_json(data, where)
+    metadata = _metadata(header.pop("__metadata__", {}), where)
+    spans = sorted(
+        ((*_span(name, entry, where), name) for name, entry in header.items()), key=lambda span: (span[0], span[1])
+    )
+    _check_cover([(start, end, name) for start, end, _, _, name in spans], size - 8 - length, where)
+    tensors = {name: Stored(where, 8 + length + start, shape, dtype) for start, _, shape, dtype, name in spans}
+    return tensors, metadata
+
+
+def read_checkpoint(directory: str | Path) -> dict[str, Stored]:
+    """All tensors of a Hugging Face checkpoint: model.safetensors, or model.safetensors.index.json and its shards.
+
+    Raises CheckpointError if a file is missing or damaged, if the index leads out of the directory, or if index and
+    shards do not hold the same tensors.
+    """
+    return read_shards(Path(directory), WEIGHTS, INDEX, lambda path: read_header(path)[0])
+
+
+def skeleton(tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> Skeleton:
+    """A file with these (name, shape, dtype), payload keyed by name; metadata defaults to {"format": "pt"}.
+
+    Header and payload keep the given order, wider dtypes first as safetensors itself sorts them, so that every tensor
+    is aligned to its dtype; the header is padded with spaces to a multiple of 8 bytes.
+    Raises ValueError for a name that occurs twice and KeyError for a dtype that safetensors does not have.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata if metadata is not None else {"format": "pt"})}
+    offset = 0
+    offsets: dict[str, tuple[int, tuple[int, ...], str]] = {}
+    for name, shape, dtype in sorted(tensors, key=lambda tensor: -ITEMSIZE[tensor[2]]):
+        if name in header:
+            raise ValueError(f"tensor {name} occurs twice")
+        end = offset + prod(shape) * ITEMSIZE[dtype]
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offsets[name] = (offset, tuple(shape), dtype)
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    payload: dict[Hashable, Payload] = {
+        name: Payload(start + at, shape, dtype) for name, (at, shape, dtype) in offsets.items()
+    }
+    return Skeleton(start + offset, ((0, len(text).to_bytes(8, "little") + text),), payload)
+
+
+def index_json(weight_map: Mapping[str, str], total_size: int, total_parameters: int) -> bytes:
+    """The index as transformers writes it (modeling_utils.save_pretrained, 5.23); sizes in bytes and elements."""
+    metadata = {"total_parameters": total_parameters, "total_size": total_size}
+    index = {"metadata": metadata, "weight_map": dict(weight_map)}
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def split_by_size(tensors: Sequence[TensorSpec], max_shard_size: int) -> list[list[TensorSpec]]:
+    """The shards of a checkpoint, at most `max_shard_size` bytes each, filled in the given order.
+
+    As huggingface_hub does it (split_state_dict_into_shards_factory): a tensor larger than a shard gets one of its own.
+    """
+    shards: list[list[TensorSpec]] = []
+    current: list[TensorSpec] = []
+    filled = 0
+    for tensor in tensors:
+        size = prod(tensor[1]) * ITEMSIZE[tensor[2]]
+        if size > max_shard_size:
+            shards.append([tensor])
+            continue
+        if filled + size > max_shard_size:
+            shards.append(current)
+            current, filled = [], 0
+        current.append(tensor)
+        filled += size
+    if current:
+        shards.append(current)
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    """The file names of a checkpoint of `count` shards: model.safetensors, or model-00001-of-0000N.safetensors."""
+    if count == 1:
+        return [WEIGHTS]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _damaged(where: str, found: str) -> CheckpointError:
+    return CheckpointError(
+        "the safetensors header is damaged", where=where, found=found,
+        hint="the file is cut off or no safetensors file (a git-lfs pointer?); download or copy it again",
+    )  # fmt: skip
+
+
+def _metadata(value: object, where: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise _damaged(where, "a __metadata__ that is no map of strings")
+    return value
+
+
+def _span(name: str, entry: object, where: str) -> tuple[int, int, tuple[int, ...], str]:
+    """Begin, end, shape and dtype of one header entry."""
+    where = f"{where}: {name}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(where, "an entry without dtype, shape and data_offsets")
+    dtype = DTYPES.get(str(entry["dtype"]))
+    if dtype is None:
+        raise CheckpointError(
+            "a tensor has a dtype that is not supported", where=where, found=str(entry["dtype"])[:40],
+            expected=", ".join(DTYPES),
+        )  # fmt: skip
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+        raise _damaged(where, f"shape {str(shape)[:60]}, data_offsets {str(offsets)[:60]}")
+    size = prod(shape) * ITEMSIZE[dtype]
+    if offsets[1] - offsets[0] != size:
+        raise CheckpointError(
+            "a tensor's bytes do not fit its shape", where=where, expected=f"{size} bytes for {shape} {dtype}",
+            found=f"{offsets[1] - offsets[0]} bytes",
+        )  # fmt: skip
+    return offsets[0], offsets[1], tuple(shape), dtype
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _check_cover(spans: Sequence[tuple[int, int, str]], size: int, where: str) -> None:
+    """Every byte of the payload belongs to exactly one tensor."""
+    at, before = 0, ""
+    for start, end, name in spans:
+        if start < at:
+            raise CheckpointError("two tensors overlap", where=where, found=f"{before} and {name}")
+        if start > at:
+            raise CheckpointError(
+                "bytes that belong to no tensor", where=where, found=f"{start - at} bytes before {name}"
+            )
+        if end > size:
+            raise CheckpointError(
+                "the file is cut off", where=f"{where}: {name}", expected=f"{end} bytes of payload",
+                found=f"{size} bytes", hint="download or copy the file again",
+            )  # fmt: skip
+        at, before = end, name
+    if at != size:
+        raise CheckpointError("bytes that belong to no tensor", where=where, found=f"{size - at} bytes at the end")

@@ -1,0 +1,314 @@
+"""Megatron's `torch_dist` format, read: `.metadata`, `__R_N.distcp`, and the common state.
+
+It is PyTorch DCP (torch.distributed.checkpoint) with two files of Megatron's beside it: `metadata.json`, and up to
+megatron-core 0.18 `common.pt`; from 0.19 on the common state is a DCP object `common_state/shard_0_1`
+(megatron-core dist_checkpointing/serialization.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from shardtool.errors import CheckpointError
+from shardtool.formats import torch_zip
+from shardtool.formats.hf_index import plain_file, strict_json
+from shardtool.formats.inert import DType, Inert, TensorRef, plain
+from shardtool.formats.stored import ITEMSIZE, Stored
+from shardtool.formats.tiles import tiling_fault
+from shardtool.formats.unpickle import loads
+
+METADATA = ".metadata"
+COMMON_FILE = "common.pt"
+COMMON_OBJECT = "common_state/shard_0_1"
+
+# (sizes, dtype, blob length) -> everything before the payload in the first such blob: pickle, names and local headers
+_HEADS: dict[tuple[tuple[int, ...], str, int], bytes] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Bytes [offset, offset + length) of a file: one torch.save blob."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRef:
+    """One chunk of a global tensor, elements [offsets, offsets + sizes), and the blob that holds it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: str
+    blob: Extent
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalTensor:
+    """A tensor of the checkpoint; its chunks tile `shape`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: tuple[ChunkRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TorchDist:
+    """What a torch_dist directory holds: tensors and pickled objects by their name (FQN).
+
+    `prefix` stands before the model's names in checkpoints of other frameworks ('model.', 'module.'), else ''.
+    """
+
+    directory: str
+    tensors: dict[str, GlobalTensor]
+    objects: dict[str, Extent]
+    prefix: str = ""
+    mcore_data: dict[str, Any] = field(default_factory=dict)
+
+
+def read_metadata(directory: str | Path) -> TorchDist:
+    """The tensors and objects of a save, checked: every chunk has its blob, the chunks tile their tensor, the blobs lie
+    in files of the directory and do not overlap. No payload is read.
+
+    Raises CheckpointError, naming the first offender, and for another backend than torch_dist.
+    """
+    directory = Path(directory)
+    check_backend(directory)
+    path = directory / METADATA
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            "the checkpoint's .metadata cannot be read", where=str(path), found=error.strerror
+        ) from None
+    root = loads(data, str(path))
+    try:
+        tensors, objects = _entries(directory, _state(root, "Metadata"), str(path))
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            "the checkpoint's .metadata is not what torch writes", where=str(path), found=str(error)[:200]
+        ) from None
+    extents = [chunk.blob for tensor in tensors.values() for chunk in tensor.chunks]
+    _check_extents([*extents, *objects.values()])
+    mcore_data = plain(_state(root, "Metadata").get("mcore_data") or {}, str(path))
+    return TorchDist(str(directory), tensors, objects, model_prefix(tensors), mcore_data)
+
+
+def check_backend(directory: Path) -> None:
+    """Raises CheckpointError unless the directory's metadata.json says torch_dist."""
+    path = directory / "metadata.json"
+    if not path.is_file():
+        dcp = (directory / METADATA).is_file()
+        raise CheckpointError(
+            "the directory is no finished torch_dist checkpoint", where=str(directory), expected="metadata.json",
+            found="a plain DCP checkpoint (torch_dcp or fsdp_dtensor), or a save that was cut off" if dcp else "none",
+            hint="save it with --ckpt-format torch_dist" if dcp else None,
+        )  # fmt: skip
+    backend = strict_json(path.read_bytes(), str(path)).get("sharded_backend")
+    if backend != "torch_dist":
+        raise CheckpointError(
+            "the checkpoint's backend is not supported", where=str(path), expected="torch_dist",
+            found=str(backend)[:40],
+            hint="load it with megatron-core 0.15 or older and save it with --ckpt-format torch_dist",
+        )  # fmt: skip
+
+
+def model_prefix(names: Iterable[str]) -> str:
+    """What stands before the model's names: '' in Megatron's own checkpoints, 'model.' or 'module.' in others'."""
+    tops = {name.partition("decoder.layers.")[0] for name in names if "decoder.layers." in name}
+    for prefix in ("", "model.", "module.", "model.module.", "model.module.module."):
+        if prefix in tops:
+            return prefix
+    return ""
+
+
+def chunk_payload(chunk: ChunkRef) -> Stored:
+    """Where the elements of a chunk lie, from its blob, checked against shape and dtype. Raises CheckpointError.
+
+    Blobs of one shape, dtype and length begin with the same bytes; only the first of them is parsed.
+    """
+    blob = chunk.blob
+    kind = (chunk.sizes, chunk.dtype, blob.length)
+    known = _HEADS.get(kind)
+    if known is not None and _pread(blob.file, blob.offset, len(known)) == known:
+        return Stored(blob.file, blob.offset + len(known), chunk.sizes, chunk.dtype)
+    stored = _parse_chunk(chunk)
+    if stored.strides is None and len(_HEADS) < 4096:
+        _HEADS[kind] = _pread(blob.file, blob.offset, stored.offset - blob.offset)
+    return stored
+
+
+def read_common(directory: str | Path, metadata: TorchDist | None = None) -> dict[str, Any]:
+    """The state that is not sharded: args, iteration, checkpoint_version, ... as plain data (namespaces as dicts).
+
+    Read from common.pt (megatron-core up to 0.18), else from the object common_state/shard_0_1 (0.19 and later).
+    Raises CheckpointError if there is neither.
+    """
+    directory = Path(directory)
+    path = directory / COMMON_FILE
+    if path.is_file():
+        where, root = str(path), torch_zip.read(path).root
+    else:
+        metadata = metadata or read_metadata(directory)
+        blob = metadata.objects.get(metadata.prefix + COMMON_OBJECT) or metadata.objects.get(COMMON_OBJECT)
+        if blob is None:
+            raise CheckpointError(
+                "the checkpoint has no common state", where=str(directory), expected=f"{COMMON_FILE} or {COMMON_OBJECT}"
+            )
+        where, root = blob.file, read_object(blob)
+    common = plain(root, where)
+    if not isinstance(common, dict):
+        raise CheckpointError("the common state is no dict", where=where, found=type(common).__name__)
+    return common
+
+
+def read_object(blob: Extent) -> object:
+    """The object of a bytes entry; Megatron wraps each in a list of one. Nothing that it pickles is run."""
+    root = torch_zip.read(blob.file, blob.offset, blob.length).root
+    return root[0] if isinstance(root, list) and len(root) == 1 else root
+
+
+# --- .metadata -------------------------------------------------------------------------------------------------------
+
+
+def _state(value: object, name: str) -> dict[Any, Any]:
+    if not isinstance(value, Inert) or not value.kind.name.endswith(name) or not isinstance(value.state, dict):
+        raise ValueError(f"{value!r:.80} where a {name} belongs")
+    return value.state
+
+
+def _entries(
+    directory: Path, state: Mapping[str, Any], where: str
+) -> tuple[dict[str, GlobalTensor], dict[str, Extent]]:
+    blobs = _blobs(directory, state["storage_data"], where)
+    tensors: dict[str, GlobalTensor] = {}
+    objects: dict[str, Extent] = {}
+    for name, entry in state["state_dict_metadata"].items():
+        if not isinstance(name, str):
+            raise ValueError("an entry without a name")
+        if entry.kind.name == "BytesStorageMetadata":
+            objects[name] = _blob(blobs, name, None, where)
+            continue
+        fields = _state(entry, "TensorStorageMetadata")
+        tensors[name] = _global_tensor(name, fields, blobs, where)
+    if blobs:
+        (name, offsets), _ = next(iter(blobs.items()))
+        raise CheckpointError("a blob belongs to no tensor", where=where, found=f"{name} at {offsets}")
+    return tensors, objects
+
+
+def _blobs(directory: Path, storage: Mapping[Any, Any], where: str) -> dict[tuple[str, tuple[int, ...] | None], Extent]:
+    """The blob of every (name, chunk offsets or None)."""
+    files: dict[str, tuple[str, int]] = {}
+    blobs: dict[tuple[str, tuple[int, ...] | None], Extent] = {}
+    for index, info in storage.items():
+        place = _state(info, "_StorageInfo")
+        name, offset, length = place["relative_path"], place["offset"], place["length"]
+        if place.get("transform_descriptors"):
+            raise CheckpointError(
+                "the checkpoint is compressed", where=where, found=str(place["transform_descriptors"])[:80],
+                hint="save it without transforms (dist_checkpointing writes none by default)",
+            )  # fmt: skip
+        if name not in files:
+            path = plain_file(directory, name, where)
+            files[name] = (str(path), path.stat().st_size)
+        path_name, size = files[name]
+        if type(offset) is not int or type(length) is not int or offset < 0 or length < 0 or offset + length > size:
+            raise CheckpointError(
+                "a file is shorter than the checkpoint says", where=path_name, expected=f"{offset} + {length} bytes",
+                found=f"{size} bytes", hint="copy the file again: it is cut off",
+            )  # fmt: skip
+        key = _state(index, "MetadataIndex")
+        at = key.get("offset")
+        blobs[key["fqn"], at if at is None else _ints(at)] = Extent(path_name, offset, length)
+    return blobs
+
+
+def _blob(
+    blobs: dict[tuple[str, tuple[int, ...] | None], Extent], name: str, offsets: tuple[int, ...] | None, where: str
+) -> Extent:
+    blob = blobs.pop((name, offsets), None)
+    if blob is None:
+        at = "" if offsets is None else f" at {list(offsets)}"
+        raise CheckpointError("a part of the checkpoint has no bytes", where=where, expected=f"{name}{at}")
+    return blob
+
+
+def _ints(value: object) -> tuple[int, ...]:
+    if not isinstance(value, tuple) or not all(type(item) is int and 0 <= item < 2**63 for item in value):
+        raise ValueError(f"{value!r:.80} where a shape belongs")
+    return value
+
+
+def _global_tensor(
+    name: str, fields: Mapping[str, Any], blobs: dict[tuple[str, tuple[int, ...] | None], Extent], where: str
+) -> GlobalTensor:
+    dtype = _dtype(fields["properties"])
+    if dtype not in ITEMSIZE:
+        raise CheckpointError("a tensor has a dtype that is not supported", where=f"{where}: {name}", found=dtype)
+    shape = _ints(fields["size"])
+    chunks: list[ChunkRef] = []
+    for chunk in fields["chunks"]:
+        state = _state(chunk, "ChunkStorageMetadata")
+        offsets, sizes = _ints(state["offsets"]), _ints(state["sizes"])
+        chunks.append(ChunkRef(offsets, sizes, dtype, _blob(blobs, name, offsets, where)))
+    fault = tiling_fault(shape, [(chunk.offsets, chunk.sizes) for chunk in chunks])
+    if fault:
+        raise CheckpointError(
+            "the chunks do not tile their tensor",
+            where=f"{where}: {name}",
+            expected=f"shape {list(shape)}",
+            found=fault,
+        )
+    return GlobalTensor(shape, dtype, tuple(chunks))
+
+
+def _dtype(properties: object) -> str:
+    # TensorProperties.__getstate__ is a tuple that begins with the dtype (torch/distributed/checkpoint/metadata.py)
+    state = properties.state if isinstance(properties, Inert) else None
+    value = state.get("dtype") if isinstance(state, dict) else state[0] if isinstance(state, tuple) and state else None
+    if not isinstance(value, DType):
+        raise ValueError("a tensor without a dtype")
+    return value.name
+
+
+def _check_extents(extents: Sequence[Extent]) -> None:
+    ordered = sorted((extent.file, extent.offset, extent.length) for extent in extents)
+    for (file, offset, length), (other, following, _) in pairwise(ordered):
+        if file == other and offset + length > following:
+            raise CheckpointError("two parts of the checkpoint overlap", where=file, found=f"at byte {following}")
+
+
+# --- blobs -----------------------------------------------------------------------------------------------------------
+
+
+def _parse_chunk(chunk: ChunkRef) -> Stored:
+    blob = chunk.blob
+    file = torch_zip.read(blob.file, blob.offset, blob.length)
+    where = f"{blob.file}, archive at byte {blob.offset}"
+    tensor = file.root
+    if not isinstance(tensor, TensorRef):
+        raise CheckpointError("a chunk holds no tensor", where=where, found=type(tensor).__name__)
+    if tensor.shape != chunk.sizes or tensor.dtype != chunk.dtype:
+        raise CheckpointError(
+            "a chunk is not what .metadata says", where=where, expected=f"{chunk.dtype} {list(chunk.sizes)}",
+            found=f"{tensor.dtype} {list(tensor.shape)}",
+        )  # fmt: skip
+    return torch_zip.stored_tensor(file, tensor)
+
+
+def _pread(file: str, offset: int, size: int) -> bytes:
+    try:
+        fd = os.open(file, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError("a file cannot be opened", where=file, found=error.strerror) from None
+    try:
+        return os.pread(fd, size, offset)
+    finally:
+        os.close(fd)

@@ -1,0 +1,137 @@
+"""Megatron's `torch_dist` format, written: data files laid out before their payload, `.metadata`, `common.pt`.
+
+What megatron-core 0.12 to 0.19 load and torch's FileSystemReader reads: each chunk is a torch.save blob of one tensor,
+`.metadata` pickles torch.distributed.checkpoint.metadata.Metadata (torch 2.13; older readers ignore newer fields).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from shardtool.formats import torch_zip_out
+from shardtool.formats.inert import DType, Global
+from shardtool.formats.megatron_legacy import namespace
+from shardtool.formats.pickle_out import Call, Object, TensorOut
+from shardtool.formats.pickle_out import dumps as pickle_dumps
+from shardtool.formats.stored import Payload, Skeleton
+from shardtool.formats.torch_dist import Extent, GlobalTensor
+
+# megatron-core up to 0.18 writes these four keys; 0.19 the first two, and every version reads both forms
+METADATA_JSON = (
+    b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
+    b'"common_backend": "torch", "common_backend_version": 1}'
+)
+# How the keys of the checkpoint were built; the reader's model builds its own in the same way (megatron-core 0.13 on)
+CONTENT_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+
+ChunkSpec = tuple[str, tuple[int, ...], tuple[int, ...], str]  # name, offsets, shape, dtype
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_SIZE = Global("torch", "Size")
+_CHUNK = Global(_METADATA, "ChunkStorageMetadata")
+_INDEX = Global(_METADATA, "MetadataIndex")
+_PLACE = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+
+
+def data_file_skeleton(
+    items: Sequence[ChunkSpec], objects: Sequence[tuple[str, bytes]] = ()
+) -> tuple[Skeleton, list[tuple[int, int]]]:
+    """A .distcp file before its payload: one blob per chunk, then the given object blobs.
+
+    `items` are (name, offsets, shape, dtype) of chunks; payload is keyed (name, offsets). Returns the skeleton, and
+    (position, length) of every blob: those of the items, then those of the objects.
+    """
+    templates: dict[tuple[tuple[int, ...], str], Skeleton] = {}
+    parts: list[tuple[int, bytes]] = []
+    payload: dict[Hashable, Payload] = {}
+    extents: list[tuple[int, int]] = []
+    pending, pending_at, position = bytearray(), 0, 0  # everything between two payloads is one part
+    for name, offsets, shape, dtype in items:
+        template = templates.get((shape, dtype))
+        if template is None:
+            template = templates[shape, dtype] = torch_zip_out.skeleton(TensorOut(None, dtype, shape))
+        place = template.payload[None]
+        pending += template.parts[0][1]
+        if len(template.parts) == 2:
+            parts.append((pending_at, bytes(pending)))
+            pending, pending_at = bytearray(template.parts[1][1]), position + template.parts[1][0]
+        crc_at = tuple(position + at for at in place.crc_at)
+        payload[name, offsets] = Payload(position + place.offset, shape, dtype, crc_at)
+        extents.append((position, template.size))
+        position += template.size
+    for _, blob in objects:
+        pending += blob
+        extents.append((position, len(blob)))
+        position += len(blob)
+    if pending:
+        parts.append((pending_at, bytes(pending)))
+    return Skeleton(position, tuple(parts), payload), extents
+
+
+def object_blob(value: object) -> bytes:
+    """The blob of a ShardedObject: torch.save([value]) (megatron-core dist_checkpointing/strategies/torch.py)."""
+    return torch_zip_out.dumps([value])
+
+
+def extra_state_blob() -> bytes:
+    """The blob of an `_extra_state` object without FP8 state: a list of one empty uint8 tensor."""
+    return object_blob(TensorOut(None, "uint8", (0,)))
+
+
+def metadata_bytes(tensors: Mapping[str, GlobalTensor], objects: Mapping[str, Extent]) -> bytes:
+    """The `.metadata` file for these tensors and objects; of the files' paths only the names are written."""
+    entries: dict[str, object] = {}
+    storage: dict[object, object] = {}
+    for name, tensor in tensors.items():
+        entries[name] = _tensor_entry(tensor)
+        for chunk in tensor.chunks:
+            storage[_index(name, chunk.offsets)] = _place(chunk.blob)
+    for name, extent in objects.items():
+        entries[name] = Object(Global(_METADATA, "BytesStorageMetadata"), {})
+        storage[_index(name, None)] = _place(extent)
+    state = {
+        "state_dict_metadata": entries, "planner_data": None, "storage_data": storage, "storage_meta": None,
+        "version": None,
+    }  # fmt: skip
+    return pickle_dumps(Object(Global(_METADATA, "Metadata"), state))[0]
+
+
+def common_bytes(
+    args: Mapping[str, Any] | None, iteration: int, content_metadata: Mapping[str, object] | None = None
+) -> bytes:
+    """common.pt: what megatron-core up to 0.18 cannot load without, and later versions prefer.
+
+    `args` are the launch arguments; `content_metadata` are additions to CONTENT_METADATA.
+    """
+    common: dict[str, object] = {} if args is None else {"args": namespace(args)}
+    common |= {"checkpoint_version": 3.0, "iteration": iteration, "num_floating_point_operations_so_far": 0}
+    common["content_metadata"] = {**CONTENT_METADATA, **(content_metadata or {})}
+    return torch_zip_out.dumps(common)
+
+
+def _size(value: tuple[int, ...]) -> Call:
+    return Call(_SIZE, (value,))
+
+
+def _index(name: str, offsets: tuple[int, ...] | None) -> Object:
+    state = {"fqn": name, "index": None, "offset": None if offsets is None else _size(offsets)}
+    return Object(_INDEX, state)
+
+
+def _place(extent: Extent) -> Object:
+    state = {"relative_path": extent.file.rpartition("/")[2], "offset": extent.offset, "length": extent.length}
+    return Object(_PLACE, state)
+
+
+def _tensor_entry(tensor: GlobalTensor) -> Object:
+    layout = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+    contiguous = Call(Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
+    properties = (DType(tensor.dtype), layout, False, contiguous, False)
+    chunks = [Object(_CHUNK, {"offsets": _size(chunk.offsets), "sizes": _size(chunk.sizes)}) for chunk in tensor.chunks]
+    state = {
+        "properties": Object(Global(_METADATA, "TensorProperties"), properties),
+        "size": _size(tensor.shape),
+        "chunks": chunks,
+    }
+    return Object(Global(_METADATA, "TensorStorageMetadata"), state)

@@ -1,0 +1,252 @@
+"""Where the tensors of a torch.save archive lie in its file.
+
+The archive is a zip of stored (uncompressed) records `<name>/data.pkl`, `byteorder`, `data/0`, `data/1`, ...
+(caffe2/serialize/inline_container.cc, torch 1.6 and later); it may be a whole file or a range of one (.distcp).
+Everything is checked against the file's true size before it is believed, so nothing is read or allocated on the word
+of a header.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from shardtool.errors import CheckpointError
+from shardtool.formats.inert import TensorRef
+from shardtool.formats.stored import ITEMSIZE, Stored, row_major
+from shardtool.formats.unpickle import loads
+
+_EOCD = struct.Struct("<4s4H2LH")
+_LOCATOR = struct.Struct("<4sLQL")
+_EOCD64 = struct.Struct("<4sQ2H2L4Q")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_LOCAL = struct.Struct("<4s5H3L2H")
+_FULL = 0xFFFFFFFF
+_TAIL = 4096  # one read gets the end records and, for a blob of one tensor, the whole directory
+
+
+@dataclass(frozen=True, slots=True)
+class TorchFile:
+    """A torch.save archive: the object it pickles, and per record name (without the archive's) offset and size.
+
+    `records` offsets are bytes from the beginning of the file at `path`.
+    """
+
+    path: str
+    root: object
+    records: dict[str, tuple[int, int]]
+
+
+class _Window:
+    """A range of a file that is read piece by piece; a piece outside of it is an error, not a short read."""
+
+    __slots__ = ("cache", "cached", "fd", "length", "offset", "where")
+
+    def __init__(self, fd: int, offset: int, length: int, where: str) -> None:
+        self.fd, self.offset, self.length, self.where = fd, offset, length, where
+        self.cached = max(0, length - _TAIL)
+        self.cache = os.pread(fd, length - self.cached, offset + self.cached)
+
+    def read(self, position: int, size: int) -> bytes:
+        if position < 0 or size < 0 or position + size > self.length:
+            raise _broken(self.where, "a record that reaches beyond the end of the archive")
+        if position >= self.cached:
+            data = self.cache[position - self.cached : position - self.cached + size]
+        else:
+            data = os.pread(self.fd, size, self.offset + position)
+        if len(data) != size:
+            raise _broken(self.where, "the file ends in the middle of the archive")
+        return data
+
+
+def _broken(where: str, found: str) -> CheckpointError:
+    return CheckpointError(
+        "the torch archive is damaged",
+        where=where,
+        found=found,
+        hint="the file is cut off or was changed; compare its size or checksum with the original",
+    )
+
+
+def read(path: str | Path, offset: int = 0, length: int | None = None) -> TorchFile:
+    """Reads the directory and the pickle of the torch.save archive at bytes [offset, offset + length) of a file.
+
+    No payload is read. Raises CheckpointError for a file that is no such archive, is cut off, compressed, big-endian,
+    has overlapping records, or pickles something that a checkpoint has no use for.
+    """
+    where = str(path) if offset == 0 else f"{path}, archive at byte {offset}"
+    with _open(path, offset, length, where) as window:
+        _check_magic(window)
+        entries = _directory(window)
+        records = _locate(window, entries)
+        _check_records(window, records)
+        start, size = records["data.pkl"]
+        root = loads(window.read(start, size), f"{where}: data.pkl", storages=True)
+        absolute = {name: (offset + start, size) for name, (start, size) in records.items()}
+    return TorchFile(str(path), root, absolute)
+
+
+def stored_tensor(file: TorchFile, tensor: TensorRef, name: str = "") -> Stored:
+    """Where the elements of a tensor of the archive lie; `name` is for errors.
+
+    Raises CheckpointError if the record is missing or too small for what the pickle says of it.
+    """
+    where = f"{file.path}: {name}" if name else file.path
+    record = file.records.get(f"data/{tensor.storage_key}")
+    itemsize = ITEMSIZE.get(tensor.dtype)
+    if itemsize is None:
+        raise CheckpointError("a tensor has a dtype that is not supported", where=where, found=tensor.dtype)
+    if record is None:
+        raise CheckpointError("a tensor's payload is missing", where=where, expected=f"data/{tensor.storage_key}")
+    if record[1] != tensor.storage_nbytes:
+        raise CheckpointError(
+            "a tensor's payload has the wrong size",
+            where=where,
+            expected=f"{tensor.storage_nbytes} bytes",
+            found=f"{record[1]} bytes",
+        )
+    span = 0
+    if 0 not in tensor.shape:
+        last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.strides, strict=True))
+        span = (tensor.offset_elements + last + 1) * itemsize
+    if span > record[1]:
+        raise CheckpointError(
+            "a tensor reaches beyond its storage", where=where, expected=f"{span} bytes", found=f"{record[1]} bytes"
+        )
+    strides = None if row_major(tensor.shape, tensor.strides) else tensor.strides
+    return Stored(file.path, record[0] + tensor.offset_elements * itemsize, tensor.shape, tensor.dtype, strides)
+
+
+@contextmanager
+def _open(path: str | Path, offset: int, length: int | None, where: str) -> Iterator[_Window]:
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError("a file cannot be opened", where=where, found=error.strerror) from None
+    try:
+        size = os.fstat(fd).st_size
+        length = size - offset if length is None else length
+        if offset < 0 or length < 0 or offset + length > size:
+            raise CheckpointError(
+                "the file is shorter than its index says", where=where, expected=f"{offset + length} bytes",
+                found=f"{size} bytes", hint="copy the file again: it is cut off",
+            )  # fmt: skip
+        yield _Window(fd, offset, length, where)
+    except OSError as error:
+        raise CheckpointError("a file cannot be read", where=where, found=error.strerror) from None
+    finally:
+        os.close(fd)
+
+
+def _check_magic(window: _Window) -> None:
+    if window.length >= 4 and window.read(0, 4) == b"PK\x03\x04":
+        return
+    raise CheckpointError(
+        "the file is no torch.save archive",
+        where=window.where,
+        expected="a zip file, as torch.save writes since torch 1.6",
+        found="an empty file" if window.length == 0 else "another format (torch before 1.6 wrote plain pickles)",
+        hint="load it with the torch that wrote it and save it again with torch.save of torch 1.6 or later",
+    )
+
+
+def _directory(window: _Window) -> list[tuple[str, int, int]]:
+    """(name, position of the local header, size) of every record, from the central directory."""
+    position, size, count = _end_records(window)
+    data = window.read(position, size)
+    entries: list[tuple[str, int, int]] = []
+    at = 0
+    for _ in range(count):
+        if at + _CENTRAL.size > len(data):
+            raise _broken(window.where, "a directory that ends in the middle")
+        header = _CENTRAL.unpack_from(data, at)
+        magic, flags, method, compressed, plain = header[0], header[3], header[4], header[8], header[9]
+        name_end = at + _CENTRAL.size + header[10]
+        extra_end = name_end + header[11]
+        name = data[at + _CENTRAL.size : name_end].decode("utf-8", "replace")
+        plain, compressed, local = _zip64(data[name_end:extra_end], plain, compressed, header[16])
+        if magic != b"PK\x01\x02" or flags & 1 or method != 0 or plain != compressed:
+            raise _broken(window.where, f"{name or 'a record'} that is compressed, encrypted or no record")
+        entries.append((name, local, plain))
+        at = extra_end + header[12]
+    return entries
+
+
+def _end_records(window: _Window) -> tuple[int, int, int]:
+    """Position and size of the central directory, and how many records it has."""
+    at = window.length - _EOCD.size
+    if at < 0 or window.read(at, 4) != b"PK\x05\x06":
+        # a comment behind the end record: torch writes none, other tools may
+        back = min(window.length, 65535 + _EOCD.size)
+        found = window.read(window.length - back, back).rfind(b"PK\x05\x06")
+        at = window.length - back + found
+        if found < 0 or at + _EOCD.size > window.length:
+            raise _broken(window.where, "no end record: the archive is cut off")
+    _, _, _, _, count, size, position, _ = _EOCD.unpack(window.read(at, _EOCD.size))
+    before = at - _LOCATOR.size
+    if before >= 0 and window.read(before, 4) == b"PK\x06\x07":
+        _, _, at64, _ = _LOCATOR.unpack(window.read(before, _LOCATOR.size))
+        fields = _EOCD64.unpack(window.read(at64, _EOCD64.size))
+        if fields[0] != b"PK\x06\x06":
+            raise _broken(window.where, "a zip64 end record that is none")
+        count, size, position = fields[7], fields[8], fields[9]
+    if count * _CENTRAL.size > size:
+        raise _broken(window.where, f"a directory of {size} bytes for {count} records")
+    return position, size, count
+
+
+def _zip64(extra: bytes, plain: int, compressed: int, local: int) -> tuple[int, int, int]:
+    """Sizes and offset from the zip64 field, where the 32-bit ones are full."""
+    values = [plain, compressed, local]
+    at = 0
+    while at + 4 <= len(extra) and _FULL in values:
+        tag, size = struct.unpack_from("<HH", extra, at)
+        if tag == 1:
+            wide = list(struct.unpack_from(f"<{size // 8}Q", extra, at + 4)) if at + 4 + size <= len(extra) else []
+            values = [wide.pop(0) if value == _FULL and wide else value for value in values]
+            break
+        at += 4 + size
+    return values[0], values[1], values[2]
+
+
+def _locate(window: _Window, entries: list[tuple[str, int, int]]) -> dict[str, tuple[int, int]]:
+    """Position and size of every record's payload by its name below the archive's, from the local headers."""
+    records: dict[str, tuple[int, int]] = {}
+    taken: list[tuple[int, int, str]] = []
+    top = entries[0][0].partition("/")[0] if entries else ""
+    for name, local, size in entries:
+        header = _LOCAL.unpack(window.read(local, _LOCAL.size))
+        start = local + _LOCAL.size + header[9] + header[10]
+        head, _, short = name.partition("/")
+        if header[0] != b"PK\x03\x04" or start + size > window.length or head != top or not short or short in records:
+            raise _broken(window.where, f"record {name!r:.80} out of place")
+        records[short] = (start, size)
+        taken.append((local, start + size, name))
+    taken.sort()
+    for (_, end, name), (following, _, other) in pairwise(taken):
+        if end > following:
+            raise _broken(window.where, f"records {name!r:.80} and {other!r:.80} overlap")
+    return records
+
+
+def _check_records(window: _Window, records: dict[str, tuple[int, int]]) -> None:
+    if "data.pkl" not in records:
+        script = "constants.pkl" in records
+        raise CheckpointError(
+            "the archive holds no checkpoint",
+            where=window.where,
+            expected="a record data.pkl",
+            found="a TorchScript model" if script else ", ".join(sorted(records)[:5]),
+            hint="save model.state_dict() with torch.save instead of the scripted model" if script else None,
+        )
+    order = records.get("byteorder")
+    if order is not None and window.read(*order) != b"little":
+        raise CheckpointError(
+            "the archive was written on a big-endian machine", where=window.where,
+            hint="load it with torch and save it again on a little-endian machine",
+        )  # fmt: skip

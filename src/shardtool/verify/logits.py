@@ -1,0 +1,247 @@
+"""The logits level: run both sides on the same prompts and compare.
+
+Light to import: torch, transformers and megatron-core are imported when a comparison runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from shardtool.errors import CheckpointError, UsageError
+from shardtool.verify import pool as workers
+from shardtool.verify.files import iteration_directory
+from shardtool.verify.prompts import Limits, PromptSet, make_prompts, traced_positions
+from shardtool.verify.report import LogitsReport
+from shardtool.verify.sides import HuggingFaceSide, MegatronSide, Side
+
+if TYPE_CHECKING:
+    from shardtool.verify.huggingface import Attention
+    from shardtool.verify.outputs import Outputs
+
+DtypeName = Literal["fp32", "bf16", "fp16", "native"]
+
+TORCH_NAMES: dict[str, workers.Dtype] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+FP32_THRESHOLD = 1e-3
+NOISE_MULTIPLE = 3.0
+
+
+def compare_logits(
+    a: Side,
+    b: Side,
+    *,
+    prompts: PromptSet | None = None,
+    dtype: DtypeName = "fp32",
+    threshold: float | None = None,
+    seed: int = 0,
+    max_tokens: int | None = None,
+    timeout: float = workers.DEFAULT_TIMEOUT,
+) -> LogitsReport:
+    """Do both sides give the same logits at every position of every prompt? `a` is the reference.
+
+    `prompts` are made to fit both sides when not given (`seed`, `max_tokens`: see make_prompts). `timeout` is in
+    seconds and bounds each run of megatron-core.
+
+    fp32: both sides compute in fp32, whatever is stored, and the threshold for max |a - b| / std(a) is 1e-3, a hundred
+    times what correct conversions show and a hundredth of what the smallest wrong layout does.
+
+    bf16, fp16, or native (the stored dtype of a Hugging Face side's config, else of a's embedding): both sides compute
+    in that dtype. Two right implementations then differ by rounding, by how much depends on the model. So the noise of
+    harmless changes of the same model is measured: a in the dtype against a in fp32, and where a is a Hugging Face
+    side also eager against sdpa attention in the dtype. The threshold is 3 times the larger of these. That is weaker
+    than fp32: a change smaller than the rounding noise passes.
+
+    A side that cannot be loaded whole (missing or unexpected tensors, a missing file) is a problem in the report, which
+    then does not pass. Raises UsageError when the request makes no sense or megatron-core cannot express the model.
+    """
+    prompts = prompts or _prompts_for(a, b, seed, max_tokens)
+    name = _native(a, b) if dtype == "native" else dtype
+    for side in (a, b):
+        if isinstance(side, MegatronSide):
+            workers.get_pool(side.mesh.tp)  # starts while transformers runs
+    runs = _Runs(prompts, timeout)
+    report = LogitsReport(
+        a.label,
+        b.label,
+        dtype=name,
+        threshold=FP32_THRESHOLD if threshold is None else threshold,
+        threshold_from="the default of fp32" if threshold is None else "given",
+        coverage=prompts.coverage,
+        seconds=runs.seconds,
+    )
+    problems: list[str] = []
+    outputs: list[Outputs] = []
+    for label, side in (("a", a), ("b", b)):
+        try:
+            outputs.append(runs.run(label, side, name))
+        except CheckpointError as error:
+            problems.append(f"side {label}: {error}")
+    if problems:
+        return replace(report, problems=tuple(problems))
+    vocab_size = _common_vocab(a, b, problems)
+    if threshold is None and name != "fp32":
+        noise = _noise(a, outputs[0], runs, name, vocab_size)
+        report = replace(
+            report,
+            threshold=NOISE_MULTIPLE * noise,
+            threshold_from=f"{NOISE_MULTIPLE:g} x {noise:.1e}, the {name} noise of a",
+        )
+        if not (math.isfinite(noise) and noise > 0):
+            problems.append(f"the {name} noise of a cannot be measured: it is {noise}")
+    return _judged(report, outputs, prompts, vocab_size, problems)
+
+
+def _judged(
+    report: LogitsReport, outputs: list[Outputs], prompts: PromptSet, vocab_size: int, problems: list[str]
+) -> LogitsReport:
+    from shardtool.verify.metrics import distance, first_diverging  # noqa: PLC0415 - heavy
+
+    found, wrong = distance(outputs[0], outputs[1], prompts.prompts, vocab_size)
+    diverging = first_diverging(found.layers, report.threshold)
+    if diverging is None and not found.ratio <= report.threshold:
+        diverging = "output layer" if found.layers else "unknown: the sides have different layers"
+    return replace(report, measured=found, first_diverging=diverging, problems=(*problems, *wrong))
+
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """Runs models on the same prompts, and keeps the time of each run."""
+
+    prompts: PromptSet
+    timeout: float
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, label: str, side: Side, dtype: str, attention: Attention = "eager") -> Outputs:
+        """The outputs of one side in a dtype (by its short name)."""
+        start = time.monotonic()
+        try:
+            return _run(side, self.prompts, TORCH_NAMES[dtype], attention, self.timeout)
+        finally:
+            self.seconds[label] = time.monotonic() - start
+
+
+def run_side(
+    side: Side,
+    prompts: PromptSet,
+    *,
+    dtype: DtypeName = "fp32",
+    attention: Attention = "eager",
+    timeout: float = workers.DEFAULT_TIMEOUT,
+) -> Outputs:
+    """The logits and hidden states of one side.
+
+    Raises CheckpointError when it cannot be loaded whole, UsageError when megatron-core cannot express the model.
+    """
+    name = _native(side, side) if dtype == "native" else dtype
+    return _run(side, prompts, TORCH_NAMES[name], attention, timeout)
+
+
+def _run(side: Side, prompts: PromptSet, dtype: workers.Dtype, attention: Attention, timeout: float) -> Outputs:
+    import torch  # noqa: PLC0415 - heavy
+
+    from shardtool.verify.outputs import Outputs  # noqa: PLC0415 - heavy
+
+    traced = traced_positions(prompts.prompts)
+    if isinstance(side, HuggingFaceSide):
+        from shardtool.verify import huggingface  # noqa: PLC0415 - heavy
+
+        return huggingface.run(side.path, prompts.prompts, traced, dtype=getattr(torch, dtype), attention=attention)
+    directory = iteration_directory(side.path)
+    with tempfile.TemporaryDirectory(prefix="shardtool-verify-") as scratch:
+        output = Path(scratch) / "outputs.pt"
+        job = workers.Job(directory.absolute(), side.architecture, side.mesh, prompts.prompts, traced, dtype, output)
+        workers.get_pool(side.mesh.tp).run(job, timeout)
+        # mapped, not read: the pages stay valid after the file's name is gone
+        found = torch.load(output, mmap=True, weights_only=True)
+    return Outputs(found["logits"], found["hidden"])
+
+
+def _noise(side: Side, outputs: Outputs, runs: _Runs, name: str, vocab_size: int) -> float:
+    """The largest distance that a harmless change of one side makes (see compare_logits)."""
+    from shardtool.verify.metrics import distance  # noqa: PLC0415 - heavy
+
+    others = [runs.run("a in fp32", side, "fp32")]
+    if isinstance(side, HuggingFaceSide):
+        others.append(runs.run("a with sdpa", side, name, "sdpa"))
+    return max(distance(outputs, other, runs.prompts.prompts, vocab_size)[0].ratio for other in others)
+
+
+def _config(side: HuggingFaceSide) -> dict[str, Any]:
+    path = side.path / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError("the directory has no readable config.json", where=str(path), found=str(error)) from error
+    if not isinstance(config, dict) or "vocab_size" not in config:
+        raise CheckpointError("the config names no vocabulary", where=str(path), expected="vocab_size")
+    return config
+
+
+def limits(side: Side) -> Limits:
+    """What prompts fit a side. Raises CheckpointError when a Hugging Face directory does not say."""
+    if isinstance(side, MegatronSide):
+        arch = side.architecture
+        scaling = arch.rope.scaling if arch.rope is not None else None
+        original = scaling.original_max_positions if scaling is not None and scaling.kind == "llama3" else None
+        return Limits(arch.vocab_size, arch.max_positions, arch.window, original)
+    config = _config(side)
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    original = rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    return Limits(int(config["vocab_size"]), int(positions or 2048), window, original)
+
+
+def _prompts_for(a: Side, b: Side, seed: int, max_tokens: int | None) -> PromptSet:
+    left, right = limits(a), limits(b)
+    common = Limits(
+        min(left.vocab_size, right.vocab_size),
+        min(left.max_positions, right.max_positions),
+        left.window or right.window,
+        left.original_max_positions or right.original_max_positions,
+    )
+    tokenizer = next(
+        (
+            side.path
+            for side in (a, b)
+            if isinstance(side, HuggingFaceSide)
+            and any((side.path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+        ),
+        None,
+    )
+    options: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
+    return make_prompts(common, seed=seed, tokenizer=tokenizer, **options)
+
+
+def _common_vocab(a: Side, b: Side, problems: list[str]) -> int:
+    sizes = [limits(side).vocab_size for side in (a, b)]
+    if sizes[0] != sizes[1]:
+        problems.append(f"the vocabularies differ: {sizes[0]} tokens in a, {sizes[1]} in b")
+    return min(sizes)
+
+
+def _native(a: Side, b: Side) -> str:
+    """The dtype that the checkpoint is stored in, by its name here."""
+    stored = None
+    for side in (a, b):
+        if isinstance(side, HuggingFaceSide):
+            config = _config(side)
+            stored = str(config.get("dtype", config.get("torch_dtype", "float32"))).removeprefix("torch.")
+            break
+    if stored is None:
+        from shardtool.verify.megatron_load import stored_embedding  # noqa: PLC0415 - heavy
+
+        assert isinstance(a, MegatronSide)
+        stored = str(stored_embedding(iteration_directory(a.path), a.mesh)[1]).removeprefix("torch.")
+    for name, torch_name in TORCH_NAMES.items():
+        if torch_name == stored:
+            return name
+    raise UsageError(
+        "the checkpoint's dtype is none to compute in", expected="bfloat16, float16, float32", found=stored
+    )

@@ -1,0 +1,156 @@
+"""A megatron-core model for an `Architecture`: its config, and one pipeline stage of it at a time.
+
+Runs in a worker (shardtool.verify.worker), after shims.apply(). The world of a worker is the tensor parallel group
+only; a pipeline stage believes in its place in the pipeline because it is told so twice: by a process group object
+without any processes (megatron-core >= 0.16 asks the group), and by parallel_state's overrides (older code asks those).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from shardtool.errors import ShardtoolError, UsageError
+from shardtool.families.architecture import Architecture, Rope
+from shardtool.layout.mesh import Chunk, Mesh, virtual_stages
+
+LLAMA3_CONSTANTS = (1.0, 4.0, 8192)  # low_freq_factor, high_freq_factor, original positions: rotary_pos_embedding.py
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """The tanh approximation. megatron-core says F.gelu for it and switches by bias_activation_fusion, silently."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu}
+
+
+def transformer_config(arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
+    """The TransformerConfig that expresses `arch`, unfused, without dropout, on the CPU."""
+    vpp = virtual_stages(mesh)
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.ffn_size,
+        normalization={"rms": "RMSNorm", "layer": "LayerNorm"}[arch.norm],
+        layernorm_epsilon=arch.norm_eps,
+        activation_func=ACTIVATIONS[arch.activation],
+        gated_linear_unit=arch.gated,
+        add_bias_linear=arch.linear_bias,
+        add_qkv_bias=arch.qkv_bias or arch.linear_bias,
+        qk_layernorm=arch.qk_norm,
+        rotary_interleaved=arch.rope is not None and arch.rope.interleaved,
+        # W visible tokens are the token itself and W - 1 before it
+        window_size=None if arch.window is None else (arch.window - 1, 0),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,  # as transformers' eager attention does
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        tensor_model_parallel_size=mesh.tp,
+        pipeline_model_parallel_size=mesh.pp,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        num_layers_in_first_pipeline_stage=mesh.first_stage_layers,
+        num_layers_in_last_pipeline_stage=mesh.last_stage_layers,
+        account_for_embedding_in_pipeline_split=mesh.account_for_embedding,
+        account_for_loss_in_pipeline_split=mesh.account_for_loss,
+        pipeline_model_parallel_layout=mesh.pipeline_layout,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu_initialization=True,
+        perform_initialization=False,  # every weight comes from the checkpoint, or the load fails
+    )
+
+
+def _position_arguments(rope: Rope | None) -> dict[str, Any]:
+    """The arguments of GPTModel that say how positions enter."""
+    if rope is None:
+        return {"position_embedding_type": "learned_absolute"}
+    arguments: dict[str, Any] = {
+        "position_embedding_type": "rope",
+        "rotary_base": rope.theta,
+        "rotary_percent": rope.fraction,
+    }
+    scaling = rope.scaling
+    if scaling is None:
+        return arguments
+    if scaling.kind == "linear":
+        return {**arguments, "seq_len_interpolation_factor": scaling.factor}
+    found = (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_positions)
+    if found != LLAMA3_CONSTANTS:
+        raise UsageError(
+            "megatron-core cannot express this rope scaling",
+            expected="llama3 with low_freq_factor 1, high_freq_factor 4, original_max_position_embeddings 8192",
+            found=", ".join(f"{value:g}" for value in found),
+            hint="megatron-core has these three built in; only the factor is free",
+        )
+    return {**arguments, "rope_scaling": True, "rope_scaling_factor": scaling.factor}
+
+
+def _stage_groups(mesh: Mesh, pp: int) -> ProcessGroupCollection:
+    """The process groups of a rank in pipeline stage `pp`: the real ones, but for the pipeline."""
+    parallel_state.set_pipeline_model_parallel_rank(pp)
+    parallel_state.set_pipeline_model_parallel_world_size(mesh.pp)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.pp = torch.distributed.ProcessGroup(pp, mesh.pp)  # type: ignore[call-arg]  # the stub forgets this overload
+    groups.embd = None  # the tied copy of the last stage is loaded from its own file, not reduced from the first
+    return groups
+
+
+def build_stage(arch: Architecture, mesh: Mesh, chunk: Chunk, dtype: torch.dtype, padded_vocab: int) -> GPTModel:
+    """One model chunk with the local layer spec, as the tensor parallel rank of this process sees it, not initialised.
+
+    Raises UsageError where megatron-core cannot express `arch` or the split, and when it would put other layers into
+    this chunk than `chunk` says.
+    """
+    vp_stage = chunk.vpp if virtual_stages(mesh) > 1 else None
+    groups = _stage_groups(mesh, chunk.pp)
+    try:
+        config = transformer_config(arch, mesh, dtype)
+        # The block spec names the final norm too; GPTModel would take Transformer Engine's where that is installed.
+        spec = get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=False,
+            normalization=config.normalization,
+            vp_stage=vp_stage,
+            pp_rank=chunk.pp,
+        )
+        model = GPTModel(
+            config,
+            spec,
+            vocab_size=padded_vocab,
+            max_sequence_length=arch.max_positions,
+            pre_process=chunk.embedding,
+            post_process=chunk.head,
+            parallel_output=False,
+            share_embeddings_and_output_weights=arch.tied,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+            **_position_arguments(arch.rope),
+        )
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        raise UsageError(
+            "megatron-core refuses this model or layout", found=f"{type(error).__name__}: {error}".strip(": ")
+        ) from error
+    layers = tuple(layer.layer_number - 1 for layer in model.decoder.layers)
+    if layers != chunk.layers:
+        raise ShardtoolError(
+            "megatron-core puts other layers into a stage than the layout does",
+            where=f"stage {chunk.pp}, chunk {chunk.vpp}",
+            expected=str(chunk.layers),
+            found=str(layers),
+        )
+    # torch's norms are made in fp32 whatever params_dtype says; Megatron-LM casts the whole model too.
+    return model.to(dtype).eval()
