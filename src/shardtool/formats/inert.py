@@ -333,6 +333,7 @@ CALLS: dict[str, Callable[[tuple[object, ...]], object]] = {
         for name, function in {
             "set": lambda args: set(_members(args)),
             "frozenset": lambda args: frozenset(_members(args)),
+            "bytes": lambda args: bytes(_bytearray(args)),
             "bytearray": _bytearray,
             "slice": _describe("slice"),
             "complex": _describe("complex"),

@@ -159,6 +159,11 @@ def _directory(window: _Window) -> list[tuple[str, int, int]]:
     """(name, position of the local header, size) of every record, from the central directory."""
     position, size, count = _end_records(window)
     data = window.read(position, size)
+    if b"/constants.pkl" in data:  # its code is compressed, so this comes before the check for that
+        raise CheckpointError(
+            "the archive holds no checkpoint", where=window.where, expected="a state dict", found="a TorchScript model",
+            hint="save model.state_dict() with torch.save instead of the scripted model",
+        )  # fmt: skip
     entries: list[tuple[str, int, int]] = []
     at = 0
     for _ in range(count):
@@ -184,10 +189,12 @@ def _end_records(window: _Window) -> tuple[int, int, int]:
         # a comment behind the end record: torch writes none, other tools may
         back = min(window.length, 65535 + _EOCD.size)
         found = window.read(window.length - back, back).rfind(b"PK\x05\x06")
-        at = window.length - back + found
-        if found < 0 or at + _EOCD.size > window.length:
-            raise _broken(window.where, "no end record: the archive is cut off")
-    _, _, _, _, count, size, position, _ = _EOCD.unpack(window.read(at, _EOCD.size))
+        at = window.length - back + found if found >= 0 else window.length
+    if at + _EOCD.size > window.length:
+        raise _broken(window.where, "no end record: the archive is cut off")
+    _, _, _, _, count, size, position, comment = _EOCD.unpack(window.read(at, _EOCD.size))
+    if at + _EOCD.size + comment != window.length:
+        raise _broken(window.where, "bytes behind the end record")
     before = at - _LOCATOR.size
     if before >= 0 and window.read(before, 4) == b"PK\x06\x07":
         _, _, at64, _ = _LOCATOR.unpack(window.read(before, _LOCATOR.size))
@@ -236,14 +243,10 @@ def _locate(window: _Window, entries: list[tuple[str, int, int]]) -> dict[str, t
 
 def _check_records(window: _Window, records: dict[str, tuple[int, int]]) -> None:
     if "data.pkl" not in records:
-        script = "constants.pkl" in records
         raise CheckpointError(
-            "the archive holds no checkpoint",
-            where=window.where,
-            expected="a record data.pkl",
-            found="a TorchScript model" if script else ", ".join(sorted(records)[:5]),
-            hint="save model.state_dict() with torch.save instead of the scripted model" if script else None,
-        )
+            "the archive holds no checkpoint", where=window.where, expected="a record data.pkl",
+            found=", ".join(sorted(records)[:5]) or "no record",
+        )  # fmt: skip
     order = records.get("byteorder")
     if order is not None and window.read(*order) != b"little":
         raise CheckpointError(

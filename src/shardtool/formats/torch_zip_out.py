@@ -116,9 +116,9 @@ def _nbytes(tensor: TensorOut) -> int:
     return prod(tensor.shape) * ITEMSIZE[tensor.dtype]
 
 
-def _zip64(local_at: int, size: int) -> bytes:
+def _zip64(local_at: int, size: int, compressed: int) -> bytes:
     """The zip64 extra field: the values that do not fit 32 bits."""
-    values = (size, size) if size >= _FULL else ()
+    values = (size, compressed) if size >= _FULL else ()
     if local_at >= _FULL:
         values = (*values, local_at)
     return struct.pack(f"<HH{len(values)}Q", 1, 8 * len(values), *values) if values else b""
@@ -129,7 +129,7 @@ def _flags(size: int) -> int:
 
 
 def _local_header(name: bytes, local_at: int, size: int) -> bytes:
-    wide = _zip64(local_at, size)
+    wide = _zip64(local_at, size, 0)  # miniz does not know the second size yet when it writes this
     # inline_container.cc, getPadding: the four bytes of the field's own header come before the aligned position
     start = local_at + 30 + len(name) + len(wide) + 4
     padding = -start % _ALIGNMENT
@@ -143,7 +143,7 @@ def _descriptor(local_at: int, size: int, crc: int) -> bytes:
 
 
 def _central_header(name: bytes, local_at: int, size: int, crc: int) -> bytes:
-    wide = _zip64(local_at, size)
+    wide = _zip64(local_at, size, size)
     short = min(size, _FULL)
     head = _CENTRAL(b"PK\x01\x02", 0, 0, _flags(size), 0, 0, 0, crc, short, short, len(name), len(wide), 0, 0, 0, 0,
                     min(local_at, _FULL))  # fmt: skip

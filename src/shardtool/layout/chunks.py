@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from shardtool.layout.equation import Tensor
 from shardtool.layout.layout import Layout, NameAxis, Piece
-from shardtool.layout.megatron import LAYER_PREFIX, stacked
+from shardtool.layout.megatron import stacked
 from shardtool.layout.rules import LAYER, Rule
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
@@ -24,26 +24,24 @@ def chunked_layout(
     sizes: Mapping[str, int],
     padded: int,
     tensors: Mapping[str, Iterable[Box]],
-    names_of: Mapping[str, str] | None = None,
 ) -> Layout:
     """Where components live in the chunks of `tensors` (name -> boxes of the global tensor).
 
-    `names_of` maps a rule's Megatron key to the name that the checkpoint uses, where that differs.
     A rule whose tensor is absent gets a piece for the whole tensor, so that the accounting names it.
     """
     by_layer = per_layer_keys(tensors)
     stored = {**sizes, "v": padded}
     pieces: list[Piece] = []
     for number, rule in enumerate(rules):
-        key = (names_of or {}).get(rule.megatron, rule.megatron)
         if not rule.per_layer:
-            pieces += _whole(number, rule, key, tensors, stored)
+            pieces += _whole(number, rule, rule.megatron, tensors, stored)
         elif by_layer:
             for layer in range(sizes[LAYER]):
                 names = (NameAxis(LAYER, (layer,)),)
-                pieces += _whole(number, rule, key.replace("{l}", str(layer)), tensors, stored, names)
+                name = rule.megatron.replace("{l}", str(layer))
+                pieces += _whole(number, rule, name, tensors, stored, names)
         else:
-            pieces += _stacked(number, rule, stacked(key), tensors, stored)
+            pieces += _stacked(number, rule, stacked(rule.megatron), tensors, stored)
     kind = "per-layer keys" if by_layer else "stacked layers"
     return Layout(rules, 1, sizes, tuple(pieces), {"v": padded}, f"Megatron torch_dist, {kind}")
 
@@ -81,6 +79,3 @@ def _stacked(
         part: tuple[int | str, ...] = (LAYER, *(low for low, _ in window))
         names = (NameAxis(LAYER, tuple(sorted(layers))),)
         yield Piece(number, 0, rule.target, name, names=names, window=window, part=part)
-
-
-__all__ = ["LAYER_PREFIX", "chunked_layout", "per_layer_keys"]

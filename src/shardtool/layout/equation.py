@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from math import prod
 from typing import TypeAlias
 
@@ -45,10 +45,6 @@ class Tensor:
         """Its shape, given the size of each axis."""
         return tuple(product_size(dim, sizes) for dim in self.dims)
 
-    def without(self, axes: frozenset[str]) -> Tensor:
-        """The tensor without the dims that are one of `axes` alone."""
-        return Tensor(tuple(dim for dim in self.dims if not (len(dim) == 1 and dim[0] in axes)))
-
 
 @dataclass(frozen=True, slots=True)
 class DimView:
@@ -67,7 +63,7 @@ class Equation:
     text: str
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(text: str) -> Equation:
     """An equation from its text.
 
@@ -90,7 +86,7 @@ def parse(text: str) -> Equation:
     return Equation(left, right, text)
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse_tensor(text: str) -> Tensor:
     """One tensor from its text; ValueError when it does not parse."""
     tokens = re.findall(r"[()+]|\w+|\S", text)
@@ -198,7 +194,7 @@ def _view_product(product: Product, choice: int, sizes: Mapping[str, int]) -> tu
 def boxes(dim: DimView, ranges: Mapping[str, tuple[int, int]], low: int, high: int) -> list[dict[str, tuple[int, int]]]:
     """The boxes of axis ranges whose indices along a dim lie in [low, high).
 
-    `ranges` bounds each axis of the dim. A contiguous range of rows cuts a product of k axes into at most 2 k - 1 boxes.
+    `ranges` bounds each axis of the dim. A contiguous range of rows cuts a product of k axes into at most 2 k - 1.
     """
     base = dim.offset + sum(stride * ranges[axis][0] for axis, stride in dim.strides)
     extents = [(axis, stride, ranges[axis][1] - ranges[axis][0]) for axis, stride in dim.strides]

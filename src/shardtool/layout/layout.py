@@ -85,13 +85,6 @@ class Layout:
     allocated: Mapping[str, int] = field(default_factory=dict)
     description: str = ""
 
-    def axis_range(self, piece: Piece, axis: str) -> tuple[int, int]:
-        """The allocated range of an axis that a piece holds."""
-        for name, low, high in piece.ranges:
-            if name == axis:
-                return low, high
-        return 0, self.allocated.get(axis, self.sizes[axis])
-
     def stored_sizes(self, piece: Piece) -> dict[str, int]:
         """The size of each axis as a piece lays it out."""
         sizes = {**self.sizes, **self.allocated}

@@ -129,7 +129,8 @@ def dist_layout(
 ) -> Layout:
     """Where components live in a torch_dist checkpoint that ranks of this mesh would write.
 
-    Layers are stacked in a leading dim, one chunk per layer and tp shard; a piece's file is its rank, `__{rank}_0.distcp`.
+    Layers are stacked in a leading dim, one chunk per layer and tp shard; a piece's file is its rank's,
+    `__{rank}_0.distcp`.
     """
     allocated = {"v": padded}
     stored = {**sizes, **allocated}

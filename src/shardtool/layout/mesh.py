@@ -1,4 +1,4 @@
-"""The parallel layout: tensor, pipeline, virtual pipeline and expert parallel sizes, and which layers each model chunk holds.
+"""The parallel layout: tensor, pipeline, virtual pipeline and expert parallel sizes, and each model chunk's layers.
 
 The split rules are megatron-core's (0.16.1 transformer/transformer_block.py `get_num_layers_to_build`,
 transformer/pipeline_parallel_layer_layout.py): model chunks take consecutive layers in the order
@@ -56,6 +56,8 @@ def chunks(mesh: Mesh, num_layers: int, mtp_layers: int = 0) -> tuple[Chunk, ...
             raise UsageError(f"--{name} must be at least 1", found=str(getattr(mesh, name)))
     if mesh.pipeline_layout is not None:
         return _from_layout_string(mesh, num_layers, mtp_layers)
+    if mesh.vpp > 1 and mesh.pp == 1:
+        raise UsageError("virtual stages need more than one pipeline stage", found=f"--vpp {mesh.vpp}, pp 1")
     counts = _counts(mesh, num_layers)
     result, start = [], 0
     last = (mesh.vpp - 1, mesh.pp - 1)
@@ -89,12 +91,15 @@ def _counts(mesh: Mesh, num_layers: int) -> list[int]:
         ends[0] = mesh.first_stage_layers
     if mesh.last_stage_layers is not None:
         ends[mesh.pp - 1] = mesh.last_stage_layers
+    if any(count < 1 for count in ends.values()):
+        raise UsageError("a first or last stage layer count must be at least 1", found=str(min(ends.values())))
     rest, stages = num_layers + accounted - sum(ends.values()), mesh.pp - len(ends)
-    if (stages and rest % stages) or (not stages and rest) or rest < 0:
+    # beside given ends there are middle stages with layers, or neither (megatron-core refuses the rest)
+    if (stages and rest % stages) or rest < 0 or (ends and bool(rest) != bool(stages)):
         raise UsageError(
             f"{num_layers} layers do not divide over {mesh.pp} pipeline stages",
-            expected=f"{rest} layers to divide by {stages} stages" if stages else f"{sum(ends.values())} layers in all",
-            found=f"{rest % stages} left over" if stages else f"{num_layers} layers",
+            expected=f"a multiple of {stages} layers for {stages} stages" if stages else "no layers left over",
+            found=f"{rest} layers" + (" beside the given ones" if ends else ""),
             hint="choose another --pp, or give --first-stage-layers / --last-stage-layers / --pipeline-layout",
         )
     counts = [ends.get(pp, rest // stages if stages else 0) for pp in range(mesh.pp)]
@@ -108,7 +113,7 @@ def _counts(mesh: Mesh, num_layers: int) -> list[int]:
 
 
 def parse_pipeline_layout(text: str) -> list[str]:
-    """A layout string as one string of `E`, `t`, `m`, `L` per model chunk; `x*n` and `(..)*n` repeat, commas are cosmetic.
+    """A layout string as one string of `E`, `t`, `m`, `L` per model chunk; `x*n` and `(..)*n` repeat, commas say nothing.
 
     Raises UsageError on any other character.
     """
@@ -138,6 +143,8 @@ def _from_layout_string(mesh: Mesh, num_layers: int, mtp_layers: int) -> tuple[C
     if len(stages) % mesh.pp:
         raise refuse("the layout's stages do not divide by pp", f"a multiple of {mesh.pp}", f"{len(stages)} stages")
     vpp = len(stages) // mesh.pp
+    if vpp > 1 and mesh.pp == 1:
+        raise refuse("virtual stages need more than one pipeline stage", "pp 2 or more", f"{vpp} stages for pp 1")
     if mesh.vpp not in (1, vpp):
         raise refuse("the layout gives another number of virtual stages", f"--vpp {vpp}", f"--vpp {mesh.vpp}")
     order = "".join(stages)

@@ -38,7 +38,7 @@ class Rule:
         return self.equation.right[0]
 
 
-def rule(  # noqa: D417
+def rule(
     hf: str | Iterable[str],
     equation: str,
     megatron: str,

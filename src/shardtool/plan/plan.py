@@ -104,7 +104,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Plan:
-    """What goes where. `fills` are target regions that take the padding value, `cuts` source regions that are dropped."""
+    """What goes where. `fills` are target regions that take the padding value, `cuts` source regions left out."""
 
     src: Layout
     dst: Layout
@@ -169,11 +169,16 @@ def plan(src: Layout, dst: Layout, *, pad: str = "zeros") -> Plan:
     """
     sources = _views_by_rule(src, [piece for piece in src.pieces if not piece.replica])
     copies = _copies(sources, _views_by_rule(dst, dst.pieces))
-    fills = [region for piece in dst.pieces for region in _padding(dst, piece)]
+    fills: tuple[Region, ...] = ()
     if pad == "last":
-        copies += [copy for fill in fills for copy in _repeat_last(src, sources[fill.piece.rule], fill)]
-    cuts = [region for piece in src.pieces for region in _padding(src, piece)]
-    made = Plan(src, dst, tuple(copies), () if pad == "last" else tuple(fills), tuple(cuts), pad)
+        padding: dict[int, list[_View]] = defaultdict(list)
+        for piece in dst.pieces:
+            padding[piece.rule] += _padding(dst, piece)
+        copies += _copies(_last_rows(src, sources, dst.allocated), padding)
+    else:
+        fills = tuple(_regions(item for piece in dst.pieces for item in _padding(dst, piece)))
+    cuts = tuple(_regions(item for piece in src.pieces for item in _padding(src, piece)))
+    made = Plan(src, dst, tuple(copies), fills, cuts, pad)
     _check(made)
     return made
 
@@ -186,7 +191,7 @@ def replicas(layout: Layout) -> Plan | None:
     twins = Layout(layout.rules, layout.side, layout.sizes, found, layout.allocated, layout.description + ", replicas")
     sources = _views_by_rule(layout, [piece for piece in layout.pieces if not piece.replica])
     copies = _copies(sources, _views_by_rule(twins, found))
-    made = Plan(layout, twins, tuple(copies), tuple(r for p in found for r in _padding(twins, p)), ())
+    made = Plan(layout, twins, tuple(copies), tuple(_regions(item for p in found for item in _padding(twins, p))), ())
     _check_written(made)
     return made
 
@@ -321,8 +326,8 @@ def _common_ids(
     return tuple(index for index in ids if low <= index < high)
 
 
-def _padding(layout: Layout, piece: Piece) -> Iterator[Region]:
-    """The allocated but not logical part of a piece, per component and padded axis."""
+def _padding(layout: Layout, piece: Piece) -> Iterator[_View]:
+    """The allocated but not logical part of a piece, per component and padded axis: views whose boxes are only that."""
     for axis, size in layout.allocated.items():
         if size == layout.sizes[axis]:
             continue
@@ -331,52 +336,49 @@ def _padding(layout: Layout, piece: Piece) -> Iterator[Region]:
             axes = component_axes(piece.dims, local)
             if axis not in axes:
                 continue
-            stored = layout.stored_sizes(piece)
+            stored = tuple(sorted(layout.stored_sizes(piece).items()))
             allocated = tuple((name, layout.allocated.get(name, layout.sizes[name])) for name in axes)
-            whole = _geometry_of(
-                piece.dims, local, tuple(sorted(stored.items())), piece.ranges, piece.window, allocated
+            whole = _geometry_of(piece.dims, local, stored, piece.ranges, piece.window, allocated)
+            cuts = ({**box, axis: (max(box[axis][0], layout.sizes[axis]), box[axis][1])} for box in whole.boxes)
+            kept = tuple(cut for cut in cuts if cut[axis][0] < cut[axis][1])
+            yield _View(component, piece, whole._replace(boxes=kept), {name.axis: name.ids for name in piece.names})
+
+
+def _regions(views: Iterable[_View]) -> Iterator[Region]:
+    """The boxes of views, one region each."""
+    for item in views:
+        strides = item.geometry.strides
+        for box in item.geometry.boxes:
+            order = tuple(sorted(box, key=lambda name: (-strides[name], name)))
+            yield Region(
+                item.component,
+                item.piece,
+                tuple(box[name][1] - box[name][0] for name in order),
+                item.geometry.base + sum(strides[name] * box[name][0] for name in order),
+                tuple(strides[name] for name in order),
+                order,
             )
-            for box in whole.boxes:
-                low, high = max(box[axis][0], layout.sizes[axis]), box[axis][1]
-                if low < high:
-                    cut = {**box, axis: (low, high)}
-                    order = tuple(sorted(cut, key=lambda name: (-whole.strides[name], name)))
-                    yield Region(
-                        component,
-                        piece,
-                        tuple(cut[name][1] - cut[name][0] for name in order),
-                        whole.base + sum(whole.strides[name] * cut[name][0] for name in order),
-                        tuple(whole.strides[name] for name in order),
-                        order,
-                    )
 
 
-def _repeat_last(src: Layout, sources: list[_View], fill: Region) -> Iterator[Copy]:
-    """Copies of the last logical row into every padding row of a region."""
-    (padded,) = (axis for axis, size in src.sizes.items() if axis in fill.axes and axis == "v" and size)
-    at = fill.axes.index(padded)
-    for source in sources:
-        if fill.component != source.component:
-            continue
-        ours = source.geometry
-        for box in ours.boxes:
-            last = src.sizes[padded] - 1
-            if box[padded][0] <= last < box[padded][1]:
-                offset = ours.base + sum(
-                    ours.strides[axis] * (last if axis == padded else box[axis][0]) for axis in fill.axes
+def _last_rows(src: Layout, sources: Mapping[int, list[_View]], padded: Mapping[str, int]) -> dict[int, list[_View]]:
+    """The source's views of the last logical index of a padded axis, which stands for every index of the padding."""
+    found: dict[int, list[_View]] = defaultdict(list)
+    for number, views in sources.items():
+        for item in views:
+            geometry = item.geometry
+            for axis in geometry.strides.keys() & padded.keys():
+                last = src.sizes[axis] - 1
+                repeated = Geometry(
+                    geometry.base + last * geometry.strides[axis],
+                    {**geometry.strides, axis: 0},
+                    tuple(
+                        {**box, axis: (src.sizes[axis], padded[axis])}
+                        for box in geometry.boxes
+                        if box[axis][0] <= last < box[axis][1]
+                    ),
                 )
-                strides = tuple(0 if n == at else ours.strides[axis] for n, axis in enumerate(fill.axes))
-                yield Copy(
-                    fill.component,
-                    source.piece,
-                    fill.piece,
-                    fill.axes,
-                    fill.shape,
-                    offset,
-                    strides,
-                    fill.offset,
-                    fill.strides,
-                )
+                found[number].append(item._replace(geometry=repeated))
+    return found
 
 
 def _check(made: Plan) -> None:

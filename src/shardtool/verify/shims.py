@@ -2,13 +2,15 @@
 
 megatron-core is written for CUDA: as shipped, 0.16.1 builds a model on a CPU but cannot run it. Each shim says which
 versions need it; where a version does not, or no longer has the name, the shim changes nothing that matters. They
-touch devices and random numbers, never the arithmetic: dropout is off and the masks are the same masks.
+touch devices, random numbers and bookkeeping, never the arithmetic: dropout is off and the masks are the same masks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -23,6 +25,7 @@ def apply() -> None:
     _random_tracker()
     _router_gemm()
     _latent_attention()
+    _lone_rank()
 
 
 def _module(name: str) -> ModuleType | None:
@@ -121,3 +124,25 @@ def _latent_attention() -> None:
 
     backends._shardtool_attention = plain  # type: ignore[attr-defined]
     _replace(backends, "DotProductAttention", LatentDotProductAttention)
+
+
+def _lone_rank() -> None:
+    # 0.16 to 0.19: to load, megatron-core describes the shards of other ranks as those of rank (rank + 1) % world_size.
+    # A pipeline stage in a world of one (tp 1) would be that rank itself, and torch finds the shards missing. For the
+    # length of that description, which communicates nothing, there are two ranks.
+    strategy = _module("dist_checkpointing.strategies.torch")
+    name = "sharded_tensor_to_torch_sharded_tensor"
+    describe: Any = getattr(strategy, name, None)
+    if describe is None or hasattr(describe, "__wrapped__"):
+        return
+
+    @functools.wraps(describe)
+    def describe_with_others(*args: Any, **kwargs: Any) -> Any:
+        world_size = torch.distributed.get_world_size
+        try:
+            _replace(torch.distributed, "get_world_size", lambda group=None: max(world_size(group), 2))
+            return describe(*args, **kwargs)
+        finally:
+            _replace(torch.distributed, "get_world_size", world_size)
+
+    _replace(strategy, name, describe_with_others)

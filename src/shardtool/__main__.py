@@ -1,0 +1,6 @@
+"""`python -m shardtool`."""
+
+from shardtool.cli.main import run
+
+if __name__ == "__main__":
+    run()

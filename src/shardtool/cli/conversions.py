@@ -1,0 +1,232 @@
+"""hf2megatron, megatron2hf, reshard, and their dry runs under `plan`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from shardtool.cli import console
+from shardtool.cli.options import (
+    DEFAULT_JOBS, AccountEmbedding, AccountLoss, Budget, Divisible, Dtype, DtypeOption, Ep, Etp, First, Format,
+    FormatOption, Hf, Jobs, Json, Last, MaybeDivisible, MaybeFormat, MaybeSpec, MaybeTarget, Overwrite, Pad,
+    PipelineLayout, Pp, Quiet, Recipe, ShardSize, Source, Spec, SpecOption, Target, Tp, Verbose, VocabPad, Vpp,
+    bytes_of, checkpoint, mesh, workers,
+)  # fmt: skip
+from shardtool.execute.staging import check_destination
+
+if TYPE_CHECKING:
+    from shardtool import convert
+
+DIVISIBLE_BY = 128
+
+
+def hf2megatron(
+    src: Source, dst: Target,
+    tp: Tp = 1, pp: Pp = 1, vpp: Vpp = 1, ep: Ep = 1, etp: Etp = None,
+    first_stage_layers: First = None, last_stage_layers: Last = None, pipeline_layout: PipelineLayout = None,
+    account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
+    format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te, dtype: DtypeOption = Dtype.keep,  # noqa: A002 - the option's name
+    vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
+    jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Convert a Hugging Face checkpoint to Megatron."""
+    from shardtool import convert  # noqa: PLC0415 - numpy and the engine are not needed for --help
+
+    parallel = mesh(
+        tp, pp, vpp, ep, etp, first_stage_layers, last_stage_layers, pipeline_layout, account_for_embedding, account_for_loss
+    )  # fmt: skip
+    source = checkpoint(src)
+    check_destination(source, dst, overwrite=overwrite)
+    options = _options(parallel, format, spec, dtype, vocab_divisible_by, vocab_pad)
+    _execute(convert.prepare_hf2megatron(source, options), dst, overwrite, workers(jobs, memory_budget))
+
+
+def megatron2hf(
+    src: Source, dst: Target, hf: Hf = None, dtype: DtypeOption = Dtype.keep, max_shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Convert a Megatron checkpoint to Hugging Face."""
+    from shardtool import convert  # noqa: PLC0415 - numpy and the engine are not needed for --help
+
+    source = checkpoint(src)
+    check_destination(source, dst, overwrite=overwrite)
+    size = bytes_of(max_shard_size, "--max-shard-size")
+    prepared = convert.prepare_megatron2hf(source, hf, dtype=dtype.value, max_shard_size=size)
+    _execute(prepared, dst, overwrite, workers(jobs, memory_budget))
+
+
+def reshard(
+    src: Source, dst: Target,
+    tp: Tp = 1, pp: Pp = 1, vpp: Vpp = 1, ep: Ep = 1, etp: Etp = None,
+    first_stage_layers: First = None, last_stage_layers: Last = None, pipeline_layout: PipelineLayout = None,
+    account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
+    format: MaybeFormat = None, spec: MaybeSpec = None, dtype: DtypeOption = Dtype.keep,  # noqa: A002 - the option's name
+    vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
+    jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Write a Megatron checkpoint in another parallel layout or format."""
+    from shardtool import convert  # noqa: PLC0415 - numpy and the engine are not needed for --help
+
+    parallel = mesh(
+        tp, pp, vpp, ep, etp, first_stage_layers, last_stage_layers, pipeline_layout, account_for_embedding, account_for_loss
+    )  # fmt: skip
+    source = checkpoint(src)
+    check_destination(source, dst, overwrite=overwrite)
+    options = _reshard_options(
+        source, _options(parallel, format, spec, dtype, vocab_divisible_by, vocab_pad), format, spec, vocab_divisible_by
+    )
+    _execute(convert.prepare_reshard(source, options), dst, overwrite, workers(jobs, memory_budget))
+
+
+def plan_hf2megatron(
+    src: Source, dst: MaybeTarget = None,
+    tp: Tp = 1, pp: Pp = 1, vpp: Vpp = 1, ep: Ep = 1, etp: Etp = None,
+    first_stage_layers: First = None, last_stage_layers: Last = None, pipeline_layout: PipelineLayout = None,
+    account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
+    format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te, dtype: DtypeOption = Dtype.keep,  # noqa: A002 - the option's name
+    vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
+    jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """What hf2megatron would do; nothing is written."""
+    from shardtool import convert  # noqa: PLC0415 - numpy and the engine are not needed for --help
+
+    parallel = mesh(
+        tp, pp, vpp, ep, etp, first_stage_layers, last_stage_layers, pipeline_layout, account_for_embedding, account_for_loss
+    )  # fmt: skip
+    source = checkpoint(src)
+    options = _options(parallel, format, spec, dtype, vocab_divisible_by, vocab_pad)
+    _explain(convert.prepare_hf2megatron(source, options), dst, overwrite)
+
+
+def plan_megatron2hf(
+    src: Source, dst: MaybeTarget = None, hf: Hf = None, dtype: DtypeOption = Dtype.keep, max_shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """What megatron2hf would do; nothing is written."""
+    from shardtool import convert  # noqa: PLC0415 - numpy and the engine are not needed for --help
+
+    size = bytes_of(max_shard_size, "--max-shard-size")
+    _explain(convert.prepare_megatron2hf(checkpoint(src), hf, dtype=dtype.value, max_shard_size=size), dst, overwrite)
+
+
+def plan_reshard(
+    src: Source, dst: MaybeTarget = None,
+    tp: Tp = 1, pp: Pp = 1, vpp: Vpp = 1, ep: Ep = 1, etp: Etp = None,
+    first_stage_layers: First = None, last_stage_layers: Last = None, pipeline_layout: PipelineLayout = None,
+    account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
+    format: MaybeFormat = None, spec: MaybeSpec = None, dtype: DtypeOption = Dtype.keep,  # noqa: A002 - the option's name
+    vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
+    jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """What reshard would do; nothing is written."""
+    from shardtool import convert  # noqa: PLC0415 - numpy and the engine are not needed for --help
+
+    parallel = mesh(
+        tp, pp, vpp, ep, etp, first_stage_layers, last_stage_layers, pipeline_layout, account_for_embedding, account_for_loss
+    )  # fmt: skip
+    source = checkpoint(src)
+    options = _reshard_options(
+        source, _options(parallel, format, spec, dtype, vocab_divisible_by, vocab_pad), format, spec, vocab_divisible_by
+    )
+    _explain(convert.prepare_reshard(source, options), dst, overwrite)
+
+
+def _options(
+    parallel: convert.Mesh, fmt: Format | None, spec: Spec | None, dtype: Dtype, divisible_by: int | None, pad: VocabPad
+) -> convert.MegatronOptions:
+    from shardtool import convert  # noqa: PLC0415 - numpy and the engine are not needed for --help
+
+    return convert.MegatronOptions(
+        parallel,
+        (fmt or Format.torch_dist).value,
+        (spec or Spec.te).value,
+        dtype.value,
+        divisible_by or DIVISIBLE_BY,
+        pad.value,
+    )
+
+
+def _reshard_options(
+    source: Path, options: convert.MegatronOptions, fmt: Format | None, spec: Spec | None, divisible_by: int | None
+) -> convert.MegatronOptions:
+    """What was not asked for stays as it is in the source."""
+    from shardtool import convert  # noqa: PLC0415 - numpy and the engine are not needed for --help
+
+    held = convert.read_megatron(source)
+    return replace(
+        options,
+        format=options.format if fmt else held.format,
+        spec=options.spec if spec else held.spec,
+        vocab_divisible_by=divisible_by or held.args.get("make_vocab_size_divisible_by") or DIVISIBLE_BY,
+    )
+
+
+def _execute(prepared: convert.Prepared, dst: Path, overwrite: bool, jobs: int) -> None:
+    from shardtool import convert  # noqa: PLC0415 - numpy and the engine are not needed for --help
+
+    total = sum(
+        payload.nbytes for skeleton in prepared.target.skeletons.values() for payload in skeleton.payload.values()
+    )
+    console.say(
+        f"{prepared.direction}: {prepared.source.path} -> {dst}, {prepared.tensors} tensors, {console.size(total)}"
+    )
+    with console.progress(total, prepared.direction) as advance:
+        summary = convert.execute(prepared, dst, overwrite=overwrite, jobs=jobs, progress=advance)
+    rate = summary.bytes_written / summary.seconds if summary.seconds else 0
+    lines = [
+        f"{summary.dst}: {summary.tensors} tensors in {summary.files} files, {console.size(summary.bytes_written)} "
+        f"in {summary.seconds:.1f} s ({console.size(rate)}/s)",
+        *(f"note: {note}" for note in summary.notes),
+    ]
+    if summary.direction != "megatron2hf":
+        lines.append(f"launch flags: shardtool args {dst}")
+    console.result(summary.as_dict(), lines)
+
+
+def _explain(prepared: convert.Prepared, dst: Path | None, overwrite: bool) -> None:
+    from shardtool.plan.explain import explain, summary  # noqa: PLC0415 - only the dry run needs it
+
+    if dst is not None:
+        check_destination(prepared.source.path, dst, overwrite=overwrite)
+    target = prepared.target
+    data = {
+        "direction": prepared.direction,
+        "src": str(prepared.source.path),
+        "dst": None if dst is None else str(dst),
+        "digest": prepared.plan.digest(),
+        "bytes_read": prepared.source.nbytes,
+        "bytes_written": target.nbytes,
+        "files": {name: skeleton.size for name, skeleton in target.skeletons.items()},
+        "notes": list(prepared.notes),
+        "summary": summary(prepared.plan),
+        "plan": prepared.plan.as_dict(),
+    }
+    lines = [
+        *explain(prepared.plan, prepared.dtypes),
+        "",
+        f"{len(target.skeletons)} files, {console.size(target.nbytes)} to write, {console.size(prepared.source.nbytes)} to read",
+        *(f"note: {note}" for note in prepared.notes),
+        f"digest {prepared.plan.digest()}",
+    ]
+    console.result(data, lines)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(hf2megatron)
+    app.command()(megatron2hf)
+    app.command()(reshard)
+    dry = typer.Typer(no_args_is_help=True, help="What a conversion would do: the same arguments, nothing written.")
+    dry.command("hf2megatron")(plan_hf2megatron)
+    dry.command("megatron2hf")(plan_megatron2hf)
+    dry.command("reshard")(plan_reshard)
+    app.add_typer(dry, name="plan")

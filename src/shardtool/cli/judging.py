@@ -1,0 +1,100 @@
+"""inspect, verify, args, demo."""
+
+from __future__ import annotations
+
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shardtool.cli import console
+from shardtool.cli.options import Json, Pp, Quiet, Source, Tp, Verbose, checkpoint
+from shardtool.errors import CheckpointError, UsageError
+from shardtool.layout.mesh import Mesh
+
+
+class Precision(str, Enum):
+    """The dtype in which both models compute."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    native = "native"
+
+
+def inspect(ckpt: Source, json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """What is in this directory: format, layout, layers, dtypes, bytes, what is missing."""
+    from shardtool.inspect import inspect_checkpoint  # noqa: PLC0415 - only this command needs it
+
+    report = inspect_checkpoint(checkpoint(ckpt))
+    console.result(report.as_dict(), report.lines(verbose=verbose))
+    if report.problem is not None:
+        raise report.problem
+
+
+def verify(
+    a: Annotated[str, typer.Argument(metavar="A", help="The reference.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="What is to be the same model.", show_default=False)],
+    level: Annotated[list[str] | None, typer.Option("--level", help="accounting, exact or logits; may be repeated. [default: all]", show_default=False)] = None,
+    dtype: Annotated[Precision, typer.Option("--dtype", help="The dtype in which both models compute.")] = Precision.fp32,
+    threshold: Annotated[float | None, typer.Option("--threshold", help="Largest max |delta logit| / std(logits). [default: 1e-3 in fp32, measured noise else]", show_default=False)] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the random-token prompts.")] = 0,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Longest prompt.", show_default=False)] = None,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Is it the same model? Exit 0 when it is, 1 when it is not."""
+    from shardtool.verify import judge  # noqa: PLC0415 - heavy
+
+    wanted = level or list(judge.LEVELS)
+    if unknown := [name for name in wanted if name not in judge.LEVELS]:
+        raise UsageError("unknown --level", expected=", ".join(judge.LEVELS), found=", ".join(unknown))
+    options = judge.LogitsOptions(dtype.value, threshold, seed, max_tokens)
+    chosen = [name for name in judge.LEVELS if name in wanted]
+    report = judge.verify(checkpoint(a), checkpoint(b), levels=chosen, options=options, progress=console.say)
+    console.result(report.as_dict(), report.lines())
+    raise typer.Exit(report.exit_code)
+
+
+def args(
+    ckpt: Source,
+    every: Annotated[bool, typer.Option("--all", help="Also the flags that --use-checkpoint-args reads back.")] = False,
+    tp: Tp = 1, pp: Pp = 1, json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """The Megatron-LM launch flags that this model needs."""
+    from shardtool.checkpoint.megatron import Megatron  # noqa: PLC0415
+    from shardtool.convert import flags_of  # noqa: PLC0415
+    from shardtool.verify.judge import open_side  # noqa: PLC0415
+
+    side = open_side(checkpoint(ckpt))
+    megatron = isinstance(side, Megatron)
+    flags = flags_of(side, Mesh(tp, pp), stored_only=megatron and not every)
+    lines = ["--use-checkpoint-args", *flags] if megatron and not every else flags
+    data: dict[str, Any] = {"checkpoint": ckpt, "flags": lines}
+    console.result(data, [" \\\n".join(lines)])
+
+
+def demo(
+    work: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="Where to work. [default: a temporary directory]", show_default=False)] = None,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Build a tiny model and run the whole story on it."""
+    from shardtool.demo import run_demo  # noqa: PLC0415 - heavy
+
+    report = run_demo(work, console.say)
+    console.result(
+        report,
+        [line for step in report["steps"] for line in (f"$ {step['command']}", *step["lines"], "")]
+        + [report["verdict"]],
+    )
+    if not report["same"]:
+        raise CheckpointError("the demo's model did not come back as it was", details=(str(report["verdict"]),))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(inspect)
+    app.command()(verify)
+    app.command()(args)
+    app.command()(demo)

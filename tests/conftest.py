@@ -1,0 +1,44 @@
+"""Models that many tests share: each is built once per session."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shardtool import tiny
+from shardtool.errors import UsageError
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_model("qwen2")` is the Hugging Face directory of configs/tiny/qwen2.json. Read it, do not change it."""
+    root = tmp_path_factory.mktemp("tiny")
+    built: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in built:
+            built[name] = tiny.build(CONFIGS / f"{name}.json", root / name)
+        return built[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory. Read it, do not change it."""
+    try:
+        return tiny.smollm2(tmp_path_factory.mktemp("smollm2") / "hf")
+    except UsageError as error:
+        pytest.fail(f"{error}\nscripts/test installs what this test needs", pytrace=False)
+
+
+def pytest_sessionfinish() -> None:
+    """End the worker processes of the logits verifier, if a test has started them."""
+    pool = sys.modules.get("shardtool.verify.pool")
+    if pool is not None:
+        pool.close_pools()
