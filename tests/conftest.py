@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import convert
 
 from shardtool import tiny
 from shardtool.errors import UsageError
@@ -24,6 +25,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         if name not in built:
             built[name] = tiny.build(CONFIGS / f"{name}.json", root / name)
         return built[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def megatron(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`megatron("qwen2", "torch", "te", 2, 1)` is that tiny model converted: format, spec, tp, pp. Do not change it."""
+    root = tmp_path_factory.mktemp("megatron")
+
+    def get(name: str, form: str = "torch", spec: str = "te", tp: int = 1, pp: int = 1) -> Path:
+        out = root / f"{name}-{form}-{spec}-tp{tp}-pp{pp}"
+        if not out.exists():
+            convert(tiny_model(name), out, "--format", form, "--spec", spec, "--tp", tp, "--pp", pp)
+        return out
 
     return get
 

@@ -226,9 +226,9 @@ def prepare_megatron2hf(
     dtypes = resolve_dtypes(made, opened.headers, DTYPES.get(dtype))
     tensors = target_tensors(made, dtypes)
     target = huggingface_target(tensors, max_shard_size)
-    config = {**given} if given else family.write_config(a, "")
-    config.pop("dtype", None)
-    config["torch_dtype"] = next(tensor.dtype for tensor in tensors)
+    main = next(tensor.dtype for tensor in tensors)
+    config = {**given} if given else family.write_config(a, main)
+    config["dtype" if "dtype" in config else "torch_dtype"] = main
     companions = hf if hf is not None and hf.is_dir() else None
     return Prepared(
         "megatron2hf", opened, made, target, a, "", {"config.json": config_bytes(config)}, companions, notes, dtypes

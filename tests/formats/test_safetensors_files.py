@@ -147,7 +147,7 @@ def test_a_header_length_beyond_the_file(tmp_path: Path) -> None:
         read_header(path)
 
 
-# --- sharded checkpoints -----------------------------------------------------------------------------------------------
+# --- sharded checkpoints ---------------------------------------------------------------------------------------------
 
 
 def sharded(root: Path, weight_map: dict[str, str] | None = None) -> Path:
@@ -214,7 +214,6 @@ def test_splits_as_huggingface_hub_does(sizes: list[int], limit: int) -> None:
     state = {f"t{i}": torch.empty(size, dtype=torch.bfloat16) for i, size in enumerate(sizes)}
     theirs = split_torch_state_dict_into_shards(state, max_shard_size=limit)
     ours = split_by_size([(name, tuple(t.shape), "bfloat16") for name, t in state.items()], limit)
-    # huggingface_hub keeps an empty shard before a tensor that is larger than a shard never; it may keep one of size 0
     assert [[name for name, _, _ in shard] for shard in ours] == list(theirs.filename_to_tensors.values())
     assert shard_names(len(ours)) == list(theirs.filename_to_tensors)
 
@@ -229,4 +228,6 @@ def test_the_index_is_what_transformers_writes(tmp_path: Path) -> None:
     theirs = (tmp_path / "model.safetensors.index.json").read_bytes()
     index = json.loads(theirs)
     assert read_checkpoint(tmp_path).keys() == model.state_dict().keys()
-    assert index_json(index["weight_map"], *(index["metadata"][k] for k in ("total_size", "total_parameters"))) == theirs
+    assert (
+        index_json(index["weight_map"], *(index["metadata"][k] for k in ("total_size", "total_parameters"))) == theirs
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import builtins
 import collections
+import contextlib
 import datetime
 import os
 import pathlib
@@ -24,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardtool.errors import CheckpointError
+from shardtool.formats import inert
 from shardtool.formats.inert import DType, Global, Inert, plain
 from shardtool.formats.unpickle import loads
 
@@ -54,10 +56,8 @@ def test_agrees_with_pickle(value: object, protocol: int) -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=80))
 def test_any_bytes_are_a_value_or_a_checkpoint_error(data: bytes) -> None:
-    try:
+    with contextlib.suppress(CheckpointError):
         loads(data, "x")
-    except CheckpointError:
-        pass
 
 
 @settings(max_examples=200, deadline=None)
@@ -65,10 +65,8 @@ def test_any_bytes_are_a_value_or_a_checkpoint_error(data: bytes) -> None:
 def test_a_changed_byte_is_a_value_or_a_checkpoint_error(value: object, at: int, byte: int) -> None:
     data = bytearray(pickle.dumps({"a": value, "b": torch.float32, "c": argparse.Namespace(x=1)}, 4))
     data[at % len(data)] = byte
-    try:
+    with contextlib.suppress(CheckpointError):
         loads(bytes(data), "x")
-    except CheckpointError:
-        pass
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -93,7 +91,8 @@ def test_inert_objects_keep_their_state_and_class() -> None:
         b"."
     )
     made = loads(data, "x")
-    assert isinstance(made, Inert) and made.args == (5,) and plain(made) == "megatron.core.transformer.enums.AttnBackend"
+    assert isinstance(made, Inert) and made.args == (5,)
+    assert plain(made) == "megatron.core.transformer.enums.AttnBackend"
     # a dict subclass of a module that is not here: state, items and entries
     data = b"\x80\x02cmegatron.nowhere\nThing\n)\x81}X\x01\x00\x00\x00aK\x01sb(K\x02K\x03eX\x01\x00\x00\x00kK\x04s."
     made = loads(data, "x")
@@ -149,7 +148,7 @@ def test_code_is_refused_by_name(
     assert error.value.hint
 
 
-@pytest.mark.parametrize("module", ["posix", "os", "sys", "nt", "runpy", "importlib", "shutil", "ctypes", "megatronx.a"])
+@pytest.mark.parametrize("module", ["posix", "os", "sys", "runpy", "importlib", "shutil", "ctypes", "megatronx.a"])
 def test_modules_are_refused(module: str) -> None:
     for data in (f"\x80\x02c{module}\nf\n)R.".encode("latin1"), _stack_global(module, "f") + b")R."):
         with pytest.raises(CheckpointError, match=f"{module}.f"):
@@ -196,10 +195,16 @@ HOSTILE = {
     "append to a tuple": b"\x80\x02)K\x01a.",
     "item of a list": b"\x80\x02]K\x01K\x02s.",
     "unhashable key": b"\x80\x02}]K\x01s.",
-    "deep key": b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"K\x01s.",
-    "deep set": b"\x80\x04\x8f(" + b")" + b"\x85" * 100_000 + b"\x90.",
+    "deep key": b"\x80\x02}" + b")" + b"\x85" * 30_000 + b"K\x01s.",
+    "deep set": b"\x80\x04\x8f(" + b")" + b"\x85" * 30_000 + b"\x90.",
     "tensor without storage": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(NK\x00))\x89}tR.",
     "tuple of nothing": b"\x80\x02\x87.",
+    "deep set in a call": b"\x80\x02c__builtin__\nset\n]" + b")" + b"\x85" * 1000 + b"a\x85R.",
+    "bytes in a strange encoding": b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00zip\x86R.",
+    "reconstructed nothing": b"\x80\x02ccopy_reg\n_reconstructor\nNNN\x87R.",
+    "tensor without a dtype": b"\x80\x02ctorch._utils\n_rebuild_tensor_v3\n(NNNNNNNtR.",
+    "subclass without arguments": b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(NNNNtR.",
+    "global without a name": b"\x80\x04NN\x93.",
     "bad utf-8": b"\x80\x02X\x01\x00\x00\x00\xff.",
     "unordered pairs": b"\x80\x02ccollections\nOrderedDict\n]K\x01a\x85R.",
 }
@@ -218,13 +223,14 @@ def test_a_huge_memo_index_costs_nothing() -> None:
 
 
 def test_deep_nesting_is_a_value_not_a_crash() -> None:
-    made = loads(b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".", "x")
+    made = loads(b"\x80\x02" + b"]" * 20_000 + b"a" * 19_999 + b".", "x")
     assert isinstance(made, list)
     with pytest.raises(CheckpointError, match="nested beyond reason"):
         plain(made, "x")
 
 
-def test_shared_lists_do_not_unfold() -> None:
+def test_shared_lists_do_not_unfold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inert, "MAX_SETTINGS", 1000)
     # 2**40 numbers, as a list of two references to a list of two references ...
     made: object = [1]
     for _ in range(40):
@@ -247,3 +253,46 @@ def test_every_opcode_of_the_table_is_one_of_pickle() -> None:
 def test_dtypes_of_torch() -> None:
     for name in ("float32", "bfloat16", "float8_e4m3fn", "int64", "bool", "uint16"):
         assert loads(pickle.dumps(getattr(torch, name)), "x") == DType(name)
+
+
+def test_the_rarer_opcodes() -> None:
+    text = b"X\x01\x00\x00\x00a"
+    assert loads(b"\x80\x02(" + text + b"K\x01d.", "x") == {"a": 1}  # DICT
+    assert loads(b"\x80\x02(K\x01K\x02l.", "x") == [1, 2]  # LIST
+    assert loads(b"\x80\x02K\x01K\x020.", "x") == 1  # POP
+    assert loads(b"\x80\x02K\x01(0.", "x") == 1  # POP of a mark
+    assert loads(b"\x80\x02K\x01(NN1.", "x") == 1  # POP_MARK
+    made = loads(b"\x80\x04cmegatron.x\ny\n)}" + text + b"K\x01s\x92.", "x")  # NEWOBJ_EX
+    assert isinstance(made, Inert) and made.a == 1 and repr(made) == "<inert megatron.x.y>"
+    made = loads(b"\x80\x02cmegatron.x\ny\n)\x81}" + text + b"K\x01s}X\x01\x00\x00\x00bK\x02s\x86b.", "x")  # slots
+    assert isinstance(made, Inert) and (made.a, made.b) == (1, 2)
+    made = loads(b"\x80\x02ccopy_reg\n_reconstructor\ncmegatron.x\ny\nc__builtin__\nobject\nN\x87R.", "x")
+    assert isinstance(made, Inert) and plain(made) == "megatron.x.y"
+    assert plain(loads(b"\x80\x02ctorch\nstrided\n.", "x")) == "torch.strided"
+    assert plain(bytearray(b"a")) == b"a"
+
+
+def test_tensors_that_are_more_than_tensors(tmp_path: Path) -> None:
+    from shardtool.formats import torch_zip
+    from shardtool.formats.inert import TensorRef
+
+    tensor = torch.ones(2)
+    tensor.note = "kept as a Python attribute"  # type: ignore[attr-defined]
+    torch.save({"attribute": tensor, "sparse": torch.eye(2).to_sparse()}, tmp_path / "x.pt")
+    root = torch_zip.read(tmp_path / "x.pt").root
+    assert isinstance(root, dict)
+    assert isinstance(root["attribute"], TensorRef) and isinstance(root["sparse"], Inert)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        b"X\x07\x00\x00\x00storage",
+        b"(X\x06\x00\x00\x00modulectorch\nFloatStorage\nX\x01\x00\x00\x000NK\x01t",
+        b"(X\x07\x00\x00\x00storageNX\x01\x00\x00\x000NK\x01t",
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000NJ\xff\xff\xff\xfft",
+    ],
+)
+def test_persistent_ids_that_are_no_storage(saved: bytes) -> None:
+    with pytest.raises(CheckpointError, match="unknown"):
+        loads(b"\x80\x02" + saved + b"Q.", "x", storages=True)

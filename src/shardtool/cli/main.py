@@ -10,7 +10,9 @@ import typer
 
 from shardtool import __version__
 from shardtool.cli import console, conversions, judging
-from shardtool.errors import ShardtoolError
+from shardtool.errors import ShardtoolError, UsageError
+
+INTERRUPTED = 130  # typer's exit code after a KeyboardInterrupt
 
 app = typer.Typer(
     name="shardtool",
@@ -43,24 +45,44 @@ judging.register(app)
 
 def run(arguments: list[str] | None = None) -> None:
     """The entry point: exit 0 done or same, 1 the checkpoint is wrong or differs, 2 wrong usage or environment."""
-    console.SETTINGS.json = console.SETTINGS.quiet = console.SETTINGS.verbose = console.SETTINGS.debug = False
+    given = sys.argv[1:] if arguments is None else arguments
+    console.SETTINGS.quiet = console.SETTINGS.verbose = console.SETTINGS.debug = False
+    console.SETTINGS.json = "--json" in given  # for an error before the options are read
     try:
-        app(arguments, standalone_mode=True)
+        code = app(given, standalone_mode=False)
     except ShardtoolError as error:
         if console.SETTINGS.debug:
             raise
         _report(error)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing was left behind\n")
-        raise SystemExit(130) from None
+        code = error.exit_code
     except OSError as error:
         if console.SETTINGS.debug:
             raise
         _report(
             ShardtoolError(f"the system refused: {error.strerror or error}", where=str(error.filename or "") or None)
         )
-        raise SystemExit(2) from None
+        code = 2
+    except Exception as error:
+        if console.SETTINGS.debug:
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.stderr.write(str(error) + "\n")
+        else:
+            _report(_usage(error))
+        code = 2
+    if code == INTERRUPTED:
+        sys.stderr.write("interrupted; nothing was left behind\n")
+    raise SystemExit(code or 0)
+
+
+def _usage(error: Exception) -> ShardtoolError:
+    """An error of typer's (their classes are click's, or typer's own since it has a copy of click), or a bug here."""
+    if not hasattr(error, "format_message"):
+        hint = "this is a bug in shardtool: report it with the output of `shardtool --debug ...`"
+        return ShardtoolError(f"{type(error).__name__}: {error}", hint=hint)
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "shardtool"
+    return UsageError(error.format_message().rstrip("."), hint=f"{command} --help")
 
 
 def _report(error: ShardtoolError) -> None:

@@ -49,7 +49,12 @@ def staged(dst: Path) -> Iterator[Path]:
         aside = parent / f".{dst.name}.replaced-{mark}"
         if dst.exists():
             dst.rename(aside)
-        stage.rename(dst)
+        try:
+            stage.rename(dst)
+        except OSError:
+            if aside.exists():
+                aside.rename(dst)
+            raise
         _sync(parent)
         if aside.exists():
             shutil.rmtree(aside)

@@ -121,6 +121,8 @@ _INERT_NAMES = frozenset({
     "numpy.ndarray", "numpy.dtype", "builtins.object", "__builtin__.object",
 })  # fmt: skip
 
+MAX_SETTINGS = 1_000_000  # values in the settings of one file, each place counted
+
 
 def resolve(module: str, name: str, where: str) -> object:
     """The value that stands for `module.name` in a pickle, without looking it up.
@@ -169,7 +171,7 @@ def plain(value: object, where: str = "", *, _depth: int = 0, _budget: list[int]
 
     Raises CheckpointError for a value too deep or too large to be settings (a few shared lists can unfold to 2**64).
     """
-    budget = [1_000_000] if _budget is None else _budget
+    budget = [MAX_SETTINGS] if _budget is None else _budget
     budget[0] -= 1
     if _depth > 64 or budget[0] < 0:
         raise CheckpointError("the settings in the file are nested beyond reason", where=where)

@@ -113,7 +113,7 @@ def _counts(mesh: Mesh, num_layers: int) -> list[int]:
 
 
 def parse_pipeline_layout(text: str) -> list[str]:
-    """A layout string as one string of `E`, `t`, `m`, `L` per model chunk; `x*n` and `(..)*n` repeat, commas say nothing.
+    """A layout string as a string of `E`, `t`, `m`, `L` per model chunk; `x*n`, `(..)*n` repeat, commas say nothing.
 
     Raises UsageError on any other character.
     """

@@ -176,7 +176,7 @@ def _merged(failures: list[ShardtoolError]) -> ShardtoolError:
         if isinstance(failure, UsageError):
             return failure
     first = failures[0]
-    others = [str(failure).splitlines()[0] for failure in failures[1:] if failure.what != first.what]
+    others = [str(failure).splitlines()[0] for failure in failures[1:] if str(failure) != str(first)]
     return type(first)(
         first.what,
         where=first.where,

@@ -16,6 +16,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed.remote_device import _remote_device
 
 
 def apply() -> None:
@@ -128,21 +130,28 @@ def _latent_attention() -> None:
 
 def _lone_rank() -> None:
     # 0.16 to 0.19: to load, megatron-core describes the shards of other ranks as those of rank (rank + 1) % world_size.
-    # A pipeline stage in a world of one (tp 1) would be that rank itself, and torch finds the shards missing. For the
-    # length of that description, which communicates nothing, there are two ranks.
+    # For a pipeline stage in a world of one (tp 1) that is the rank itself, and torch finds its shards missing. There
+    # the shards of others get a place without a rank. The description is thrown away after these checks.
     strategy = _module("dist_checkpointing.strategies.torch")
     name = "sharded_tensor_to_torch_sharded_tensor"
     describe: Any = getattr(strategy, name, None)
     if describe is None or hasattr(describe, "__wrapped__"):
         return
+    elsewhere = _remote_device("cpu")
 
     @functools.wraps(describe)
-    def describe_with_others(*args: Any, **kwargs: Any) -> Any:
-        world_size = torch.distributed.get_world_size
-        try:
-            _replace(torch.distributed, "get_world_size", lambda group=None: max(world_size(group), 2))
-            return describe(*args, **kwargs)
-        finally:
-            _replace(torch.distributed, "get_world_size", world_size)
+    def describe_alone(sh_tens: list[Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.distributed.get_world_size() > 1:
+            return describe(sh_tens, *args, **kwargs)
+        mine = {tuple(sh_ten.global_offset) for sh_ten in sh_tens}
 
-    _replace(strategy, name, describe_with_others)
+        def metadata(offset: tuple[int, ...], size: Any, placement: Any) -> ShardMetadata:
+            return ShardMetadata(list(offset), size, placement if tuple(offset) in mine else elsewhere)
+
+        try:
+            _replace(strategy, "ShardMetadata", metadata)
+            return describe(sh_tens, *args, **kwargs)
+        finally:
+            _replace(strategy, "ShardMetadata", ShardMetadata)
+
+    _replace(strategy, name, describe_alone)

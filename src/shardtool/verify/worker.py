@@ -82,18 +82,15 @@ def _run_stage(
 
 def _together(action: Callable[[], None]) -> None:
     """Run a rank's own work; when it fails on any rank, fail on all, so that nobody waits in a collective."""
-    error: ShardtoolError | None = None
+    mine: ShardtoolError | None = None
     try:
         action()
-    except ShardtoolError as failure:
-        error = failure
-    found: list[dict[str, Any] | None] = [None] * torch.distributed.get_world_size()
-    mine = None if error is None else {"usage": isinstance(error, UsageError), **error.as_dict()}
+    except ShardtoolError as error:
+        mine = _portable(error)
+    found: list[ShardtoolError | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, mine)
-    if error is not None:
-        raise error
-    if others := [rank for rank, failure in enumerate(found) if failure is not None]:
-        raise CheckpointError("another rank could not load its shard", where=f"tensor parallel rank {others}")
+    if (first := next((error for error in found if error is not None), None)) is not None:
+        raise first
 
 
 def run(job: Job) -> None:
