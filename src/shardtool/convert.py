@@ -31,7 +31,7 @@ from shardtool.families.registry import family_of, infer_family
 from shardtool.formats.tracker import TRACKER, iteration_name, tracker_bytes
 from shardtool.layout.huggingface import huggingface_layout
 from shardtool.layout.layout import Layout
-from shardtool.layout.megatron import dist_layout, legacy_layout
+from shardtool.layout.megatron import Spelling, dist_layout, legacy_layout
 from shardtool.layout.mesh import Mesh, chunks, padded_vocab, virtual_stages
 from shardtool.layout.rules import Rule
 from shardtool.plan.plan import Plan, plan, replicas
@@ -41,14 +41,29 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 @dataclass(frozen=True, slots=True)
 class MegatronOptions:
-    """How a Megatron checkpoint is to be written."""
+    """How a Megatron checkpoint is to be written. Empty and 0: as in the source, else as in `DEFAULTS`."""
 
     mesh: Mesh = field(default_factory=Mesh)
-    format: str = "torch_dist"
-    spec: str = "te"
-    dtype: str = "keep"
-    vocab_divisible_by: int = 128
+    format: str = ""
+    spec: str = ""
+    experts: str = ""
+    mtp_name: str = ""
+    vocab_divisible_by: int = 0
     vocab_pad: str = "zeros"
+    dtype: str = "keep"
+
+
+DEFAULTS = MegatronOptions(
+    format="torch_dist", spec="te", experts="grouped", mtp_name="mtp_model_layer", vocab_divisible_by=128
+)
+
+
+def _filled(options: MegatronOptions, **held: Any) -> MegatronOptions:
+    """The options with what was not asked for taken from `held`, else from the defaults."""
+    unset = [
+        name for name in ("format", "spec", "experts", "mtp_name", "vocab_divisible_by") if not getattr(options, name)
+    ]
+    return replace(options, **{name: held.get(name) or getattr(DEFAULTS, name) for name in unset})
 
 
 @dataclass(frozen=True)
@@ -98,24 +113,28 @@ def prepare_hf2megatron(src: Path, options: MegatronOptions) -> Prepared:
     """Hugging Face directory to Megatron: `release/` in the layout of `options`."""
     source = open_huggingface(src)
     a = source.opened.architecture
-    return _to_megatron("hf2megatron", source.opened, a, source.opened.layout.rules, options, None, ())
+    notes = source.family.caveats(a)
+    return _to_megatron("hf2megatron", source.opened, a, source.opened.layout.rules, _filled(options), None, notes)
 
 
-def prepare_reshard(src: Path, options: MegatronOptions, *, keep_format: bool = False) -> Prepared:
-    """Megatron to Megatron in another layout; the iteration stays."""
+def prepare_reshard(src: Path, options: MegatronOptions) -> Prepared:
+    """Megatron to Megatron in another layout; the iteration stays, and so does the format unless it is asked for."""
     source = read_megatron(src)
-    if keep_format:
-        options = replace(options, format=source.format, spec=source.spec)
-    divisible_by = options.vocab_divisible_by
-    padded = padded_vocab(source.architecture.vocab_size, divisible_by, options.mesh.tp)
-    # rows that both layouts have room for are carried over as they are, also those beyond the vocabulary
-    rows = min(padded, source.padded_vocab)
-    rules = standard(source.architecture)
-    opened = source.open(rules, rows)
-    prepared = _to_megatron(
-        "reshard", opened, source.architecture, rules, options, source.save.iteration, _left_behind(source), source.args
+    spelling = source.spelling
+    options = _filled(
+        options,
+        format=source.format,
+        spec=spelling.spec,
+        experts=spelling.experts if spelling.experts in ("grouped", "sequential") else None,
+        mtp_name=spelling.mtp,
+        vocab_divisible_by=source.args.get("make_vocab_size_divisible_by"),
     )
-    return prepared
+    a = source.architecture
+    padded = padded_vocab(a.vocab_size, options.vocab_divisible_by, options.mesh.tp)
+    # rows that both layouts have room for are carried over as they are, also those beyond the vocabulary
+    rules = standard(a)
+    opened = source.open(rules, min(padded, source.padded_vocab))
+    return _to_megatron("reshard", opened, a, rules, options, source.save.iteration, _left_behind(source), source.args)
 
 
 def _to_megatron(
@@ -131,13 +150,15 @@ def _to_megatron(
     mesh = options.mesh
     _check_options(options, a)
     padded = padded_vocab(a.vocab_size, options.vocab_divisible_by, mesh.tp)
-    model_chunks = chunks(mesh, a.num_layers)
+    model_chunks = chunks(mesh, a.num_layers, a.mtp_layers)
     sizes = source.layout.sizes
     target_layout: Layout
     if options.format == "torch":
-        target_layout = legacy_layout(rules, sizes, padded, model_chunks, mesh, options.spec, rank_files(mesh))
+        files = rank_files(mesh, experts=a.moe is not None)
+        spelling = Spelling(options.spec, options.experts, options.mtp_name)
+        target_layout = legacy_layout(rules, sizes, padded, model_chunks, mesh, spelling, files)
     else:
-        target_layout = dist_layout(rules, sizes, padded, model_chunks, mesh)
+        target_layout = dist_layout(rules, sizes, padded, model_chunks, mesh, stacked=a.uniform)
     made = plan(source.layout, target_layout, pad=options.vocab_pad)
     dtypes = resolve_dtypes(made, source.headers, DTYPES.get(options.dtype))
     tensors = target_tensors(made, dtypes)
@@ -155,7 +176,7 @@ def _to_megatron(
         args = _carry_run(args, run)
     number = iteration or 0
     if options.format == "torch":
-        target = legacy_target(tensors, args, mesh, virtual_stages(mesh), number, options.spec)
+        target = legacy_target(tensors, args, files.values(), virtual_stages(mesh), number, options.spec)
     else:
         target = dist_target(tensors, target_layout, args, a, number)
     return Prepared(
@@ -168,7 +189,7 @@ def _carry_run(args: dict[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
     """The args of the source run, with those that the new layout decides replaced. Only plain data is carried."""
     plain = {name: value for name, value in run.items() if _is_plain(value)}
     kept = {name: value for name, value in args.items() if name != FAMILY_NAME or value}
-    progress = ("consumed_train_samples", "consumed_valid_samples", "seq_length", "data_parallel_size")
+    progress = ("consumed_train_samples", "consumed_valid_samples", "seq_length", "moe_router_load_balancing_type")
     kept = {name: plain.get(name, value) if name in progress else value for name, value in kept.items()}
     return {**plain, **kept}
 
@@ -187,12 +208,14 @@ def _check_options(options: MegatronOptions, a: Architecture) -> None:
         ("--spec", options.spec, ("te", "local")),
         ("--dtype", options.dtype, ("keep", *DTYPES)),
         ("--vocab-pad", options.vocab_pad, ("zeros", "mean", "last")),
+        ("--experts", options.experts, ("grouped", "sequential")),
+        ("--mtp-name", options.mtp_name, ("transformer_layer", "mtp_model_layer")),
     ):
         if value not in known:
             raise UsageError(f"{name} {value!r} is not known", expected=" or ".join(known), found=value)
     if options.vocab_divisible_by < 1:
         raise UsageError("--vocab-divisible-by must be at least 1", found=str(options.vocab_divisible_by))
-    if options.mesh.ep > 1 or options.mesh.etp not in (None, options.mesh.tp):
+    if a.moe is None and (options.mesh.ep > 1 or options.mesh.etp not in (None, options.mesh.tp)):
         raise UsageError(
             "--ep and --etp need experts",
             where=f"{a.family or 'this'} model",
@@ -244,7 +267,7 @@ def _target_family(source: Megatron, hf: Path | None) -> tuple[Family, Architect
     config = read_config(hf)
     family = family_of(config)
     theirs = family.read_config(config)
-    ignore = {"family", *TRAINING_ONLY}
+    ignore = {"family", "mtp_layers", *TRAINING_ONLY}
     if a.rope is not None:
         ignore.add("max_positions")  # training may have seen shorter sequences than the model allows
     if not source.args.get("vocab_size"):
@@ -257,7 +280,7 @@ def _target_family(source: Megatron, hf: Path | None) -> tuple[Family, Architect
             details=tuple(f"{line} (checkpoint and config)" for line in differences),
             hint="give the config of the model that was trained, or leave out --hf to have config.json made from the args",
         )
-    return family, theirs, config
+    return family, replace(theirs, mtp_layers=a.mtp_layers), config
 
 
 def _left_behind(source: Megatron) -> tuple[str, ...]:

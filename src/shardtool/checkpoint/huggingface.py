@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from shardtool.families.family import Family
 from shardtool.families.registry import family_of
 from shardtool.formats import hf_bin, safetensors_files
 from shardtool.formats.hf_index import strict_json
-from shardtool.formats.stored import ITEMSIZE, Stored
+from shardtool.formats.stored import ITEMSIZE, Skeleton, Stored
 from shardtool.layout.huggingface import huggingface_layout
 from shardtool.layout.layout import Key
 
@@ -61,6 +61,10 @@ def open_huggingface(path: Path) -> HuggingFace:
     family = family_of(config)
     architecture = family.read_config(config)
     stored = _stored(path, family)
+    if architecture.mtp_layers and not any(
+        name.startswith(f"model.layers.{architecture.num_layers}.") for name in stored
+    ):
+        architecture = replace(architecture, mtp_layers=0)  # transformers writes the count, never the layers
     rules = family.rules(architecture)
     layout = huggingface_layout(rules, axis_sizes(architecture), present=stored.keys())
     found: dict[Key, Header] = {("", name, ()): Header(item.shape, item.dtype) for name, item in stored.items()}
@@ -87,7 +91,8 @@ def huggingface_target(tensors: list[TargetTensor], max_shard_size: int) -> Targ
     specs = [(tensor.key[1], tensor.shape, tensor.dtype) for tensor in tensors]
     groups = safetensors_files.split_by_size(specs, max_shard_size)
     names = safetensors_files.shard_names(len(groups))
-    skeletons, places = {}, {}
+    skeletons: dict[str, Skeleton] = {}
+    places: dict[Key, tuple[str, Hashable]] = {}
     for name, group in zip(names, groups, strict=True):
         skeletons[name] = safetensors_files.skeleton(group)
         places.update({("", spec[0], ()): (name, spec[0]) for spec in group})

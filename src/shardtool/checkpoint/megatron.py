@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from shardtool.formats.stored import Stored
 from shardtool.formats.tracker import Iteration, find_iteration
 from shardtool.layout.chunks import chunked_layout, per_layer_keys
 from shardtool.layout.layout import Key, Layout
-from shardtool.layout.megatron import STACKED_PREFIX, legacy_layout, stacked
+from shardtool.layout.megatron import MTP_INNER, STACKED_PREFIX, Spelling, dist_name, legacy_layout
 from shardtool.layout.mesh import Chunk, Mesh
 from shardtool.layout.rules import Rule
 
@@ -39,11 +39,11 @@ class Megatron:
     architecture: Architecture
     mesh: Mesh
     chunks: tuple[Chunk, ...]  # empty for torch_dist, which has none
-    spec: str
+    spelling: Spelling
     padded_vocab: int
     headers: Mapping[Key, Header]
     locate: Callable[[Key], Stored]
-    files: Mapping[tuple[int, int], str]
+    files: Mapping[tuple[int, int, int], str]
     global_shapes: Mapping[str, tuple[int, ...]]
     ignored: tuple[str, ...]  # no weights: _extra_state and buffers
     not_converted: tuple[str, ...]  # state beside the model: optimizer, rng, ...
@@ -53,14 +53,19 @@ class Megatron:
         """The dtype of the input embedding, which is the model's."""
         return next(header.dtype for key, header in self.headers.items() if key[1].endswith(EMBEDDING))
 
+    @property
+    def spec(self) -> str:
+        """The layer spec whose names the checkpoint has: te or local."""
+        return self.spelling.spec
+
     def layout(self, rules: tuple[Rule, ...], sizes: Mapping[str, int]) -> Layout:
         """Where the components of these rules live in it."""
         if self.format == "torch":
-            return legacy_layout(rules, sizes, self.padded_vocab, self.chunks, self.mesh, self.spec, self.files)
+            return legacy_layout(rules, sizes, self.padded_vocab, self.chunks, self.mesh, self.spelling, self.files)
         boxes: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
         for (_, name, offsets), header in self.headers.items():
-            shape = header.shape if len(header.shape) == len(offsets) else (1, *header.shape)
-            boxes.setdefault(name, []).append((offsets, shape))
+            leading = (1,) * (len(offsets) - len(header.shape))
+            boxes.setdefault(name, []).append((offsets, leading + header.shape))
         return chunked_layout(rules, sizes, self.padded_vocab, boxes)
 
     def open(self, rules: tuple[Rule, ...] | None = None, vocab_size: int | None = None) -> Opened:
@@ -88,11 +93,15 @@ class Megatron:
         sizes = {**axis_sizes(a), "v": self.padded_vocab}
         wrong = []
         for rule in rules:
-            shape = rule.target.shape(sizes)
-            wanted = {rule.megatron: shape}
-            if rule.per_layer:
-                wanted = {stacked(rule.megatron): (a.num_layers, *shape)}
-                wanted |= {rule.megatron.replace("{l}", str(layer)): shape for layer in range(a.num_layers)}
+            shape = (*((sizes["e"],) if rule.per_expert else ()), *rule.target.shape(sizes))
+            wanted = {}
+            for key in (rule.megatron, *rule.dist_aliases):
+                one = dist_name(key, stacked=False)
+                if rule.per_layer:
+                    wanted[dist_name(key, stacked=True)] = (a.num_layers, *shape)
+                    wanted |= {one.replace("{l}", str(layer)): shape for layer in rule.ids(a.num_layers)}
+                else:
+                    wanted |= {one.replace("{m}", str(layer)): shape for layer in range(max(1, a.mtp_layers))}
             for name, expected in wanted.items():
                 found = self.global_shapes.get(name, expected)
                 if found != expected:
@@ -121,27 +130,24 @@ def _read_legacy(path: Path, save: Iteration) -> Megatron:
     ranks = megatron_legacy.read_ranks(save.directory)
     first = ranks[min(ranks)]
     args = _args(first.args, first.path)
-    if any(rank.ep for rank in ranks):
-        raise CheckpointError(
-            "the checkpoint has expert parallel ranks, but its args describe a dense model", where=str(path)
-        )
     _check_same_run(ranks, args)
     mesh = mesh_from_args(args)
-    mesh = replace(mesh, tp=1 + max(rank.tp for rank in ranks), pp=1 + max(rank.pp for rank in ranks))
+    mesh = replace(mesh, **{axis: 1 + max(getattr(rank, axis) for rank in ranks) for axis in ("tp", "pp", "ep")})
     headers: dict[Key, Header] = {}
     stored: dict[Key, Stored] = {}
     files = {}
     for rank, file in ranks.items():
         name = str(Path(file.path).relative_to(save.directory))
-        files[rank.tp, rank.pp] = name
+        files[rank.tp, rank.pp, rank.ep] = name
         for number, chunk in enumerate(file.chunks):
             for tensor, item in chunk.items():
-                headers[name, tensor, (number,)] = Header(item.shape, item.dtype)
+                shape = _experts_first(tensor, item.shape, args, mesh)
+                headers[name, tensor, (number,)] = Header(shape, item.dtype)
                 stored[name, tensor, (number,)] = item
     architecture = from_args(args)
     chunks = _chunks(ranks, mesh, architecture.num_layers, str(save.directory))
     mesh = replace(mesh, vpp=1 + max(chunk.vpp for chunk in chunks))
-    spec = "te" if any(".linear_qkv.layer_norm_" in key[1] for key in headers) else "local"
+    spelling = _spelling(key[1] for key in headers)
     embedding = next((header for key, header in headers.items() if key[1] == EMBEDDING), None)
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(
@@ -156,9 +162,41 @@ def _read_legacy(path: Path, save: Iteration) -> Megatron:
         if key not in ("args", "checkpoint_version", "iteration", "num_floating_point_operations_so_far")
     )  # fmt: skip
     return Megatron(
-        path, save, "torch", args, _vocabulary(architecture, args, padded), mesh, chunks, spec, padded, headers,
+        path, save, "torch", args, _vocabulary(architecture, args, padded), mesh, chunks, spelling, padded, headers,
         stored.__getitem__, files, {}, ignored, other,
     )  # fmt: skip
+
+
+def _spelling(names: Iterable[str]) -> Spelling:
+    """The spelling of per-rank files, from their tensors' names."""
+    held = set(names)
+
+    def some(part: str) -> bool:
+        return any(part in name for name in held)
+
+    spec = "te" if some(".linear_qkv.layer_norm_") or some("_up_proj.layer_norm_") else "local"
+    experts = "grouped"
+    if some(".local_experts."):
+        experts = "sequential"
+    elif some(".experts.weight1"):
+        experts = "transposed"
+    elif any(name.endswith(".experts.linear_fc1.weight") for name in held):
+        experts = "single"
+    return Spelling(spec, experts, "transformer_layer" if some(MTP_INNER) else "mtp_model_layer")
+
+
+def _experts_first(name: str, shape: tuple[int, ...], args: Mapping[str, Any], mesh: Mesh) -> tuple[int, ...]:
+    """The shape of a tensor as it lies in memory: legacy grouped experts are [experts, in, out] under a nominal 2-D shape.
+
+    megatron-core 0.14 transformer/moe/experts.py (GroupedMLP): weight1 [h, e * 2 x] is view(e, h, 2 x), weight2
+    [e * x, h] is view(e, x, h).
+    """
+    local = (args.get("num_experts") or 1) // mesh.ep
+    if name.endswith(".experts.weight1") and len(shape) == 2 and shape[1] % local == 0:
+        return (local, shape[0], shape[1] // local)
+    if name.endswith(".experts.weight2") and len(shape) == 2 and shape[0] % local == 0:
+        return (local, shape[0] // local, shape[1])
+    return shape
 
 
 def _args(args: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
@@ -204,7 +242,7 @@ def _chunks(
     found, start = [], 0
     for vpp in range(count):
         for pp in range(mesh.pp):
-            chunks = ranks[megatron_legacy.Rank(0, pp, 0)].chunks
+            chunks = next(file for rank, file in sorted(ranks.items()) if rank.pp == pp).chunks
             names = chunks[vpp] if vpp < len(chunks) else {}
             matches = (re.match(r"decoder\.layers\.(\d+)\.", name) for name in names)
             local = {int(match[1]) for match in matches if match}
@@ -238,11 +276,11 @@ def _read_dist(path: Path, save: Iteration) -> Megatron:
             other.append(name)
             continue
         shapes[name] = tensor.shape
-        in_stack = name.startswith(STACKED_PREFIX) and not by_layer
+        leading = (name.startswith(STACKED_PREFIX) and not by_layer) + (".experts.experts." in name)
         for chunk in tensor.chunks:
             key: Key = ("", name, chunk.offsets)
-            single = in_stack and chunk.sizes[0] == 1
-            headers[key] = Header(chunk.sizes[1:] if single else chunk.sizes, chunk.dtype)
+            single = all(size == 1 for size in chunk.sizes[:leading])
+            headers[key] = Header(chunk.sizes[leading:] if single else chunk.sizes, chunk.dtype)
             refs[key] = chunk
     if EMBEDDING not in shapes:
         raise CheckpointError("the checkpoint has no input embedding", where=str(save.directory), expected=EMBEDDING)
@@ -255,6 +293,6 @@ def _read_dist(path: Path, save: Iteration) -> Megatron:
     return Megatron(
         path, replace(save, iteration=None if save.release else iteration), "torch_dist", args,
         _vocabulary(architecture, args, padded), mesh_from_args(args), (),
-        "local" if args.get("transformer_impl") == "local" else "te", padded, headers,
+        Spelling("local" if args.get("transformer_impl") == "local" else "te"), padded, headers,
         lambda key: torch_dist.chunk_payload(refs[key]), {}, shapes, tuple(objects), tuple(groups),
     )  # fmt: skip

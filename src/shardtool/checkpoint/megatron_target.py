@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
-from math import prod
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from shardtool.checkpoint.target import Target, TargetTensor
@@ -14,7 +14,7 @@ from shardtool.formats import megatron_legacy, torch_dist_out
 from shardtool.formats.stored import Skeleton
 from shardtool.formats.torch_dist import METADATA, ChunkRef, Extent, GlobalTensor
 from shardtool.layout.layout import Key, Layout
-from shardtool.layout.megatron import LAYER_PREFIX
+from shardtool.layout.megatron import dist_name, rank_grid
 from shardtool.layout.mesh import Mesh
 from shardtool.layout.rules import Rule
 
@@ -22,23 +22,30 @@ METADATA_JSON_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
 
 
-def rank_files(mesh: Mesh) -> dict[tuple[int, int], str]:
-    """The file of each (tp rank, pipeline stage)."""
+def rank_files(mesh: Mesh, *, experts: bool = False) -> dict[tuple[int, int, int], str]:
+    """The file of each (tp rank, pipeline stage, ep rank) that exists.
+
+    With experts and etp other than tp these are the combinations that occur on some rank (layout.megatron.rank_grid).
+    """
+    grid = rank_grid(mesh) if experts else {(tp, ep): tp for ep in range(mesh.ep) for tp in range(mesh.tp)}
     name = megatron_legacy.rank_name
     return {
-        (tp, pp): f"{name(tp, pp, 0, mesh.pp, mesh.ep)}/{megatron_legacy.FILE_NAME}"
-        for tp in range(mesh.tp)
+        (tp, pp, ep): f"{name(tp, pp, ep, mesh.pp, mesh.ep)}/{megatron_legacy.FILE_NAME}"
+        for tp, ep in grid
         for pp in range(mesh.pp)
     }
 
 
 def legacy_target(
-    tensors: Sequence[TargetTensor], args: Mapping[str, Any], mesh: Mesh, virtual: int, iteration: int, spec: str
+    tensors: Sequence[TargetTensor],
+    args: Mapping[str, Any],
+    files: Iterable[str],
+    virtual: int,
+    iteration: int,
+    spec: str,
 ) -> Target:
     """One model_optim_rng.pt per rank; every rank of the mesh gets a file, also one without tensors."""
-    by_file: dict[str, list[list[TargetTensor]]] = {
-        file: [[] for _ in range(virtual)] for file in rank_files(mesh).values()
-    }
+    by_file: dict[str, list[list[TargetTensor]]] = {file: [[] for _ in range(virtual)] for file in files}
     for tensor in tensors:
         by_file[tensor.key[0]][tensor.key[2][0]].append(tensor)
     skeletons: dict[str, Skeleton] = {}
@@ -53,16 +60,18 @@ def legacy_target(
 
 
 def _extra_states(names: Sequence[str], spec: str) -> list[str]:
-    """The `_extra_state` keys beside these weights: of all linears, and of Transformer Engine's norms (since 1.13)."""
-    found = []
+    """The `_extra_state` keys beside these weights: of all linears, and of Transformer Engine's norms (since 1.13).
+
+    Grouped experts (`linear_fc1.weight3`) have one for all experts of a linear.
+    """
+    found: dict[str, None] = {}
     for name in names:
         module, _, leaf = name.rpartition(".")
         kind = module.rpartition(".")[2]
-        if leaf == "weight" and (
-            kind.startswith("linear_") or kind == "output_layer" or (spec == "te" and kind.endswith("norm"))
-        ):
-            found.append(module + "._extra_state")
-    return found
+        linear = kind.startswith("linear_") or kind in ("output_layer", "eh_proj")
+        if re.fullmatch(r"weight\d*", leaf) and (linear or (spec == "te" and kind.endswith("norm"))):
+            found[module + "._extra_state"] = None
+    return list(found)
 
 
 def dist_target(
@@ -106,23 +115,36 @@ def dist_target(
         COMMON_FILE: torch_dist_out.common_bytes({**args, "iteration": iteration}, iteration),
         METADATA_JSON_FILE: torch_dist_out.METADATA_JSON,
     }
-    assert all(prod(tensor.shape) for tensor in tensors)
     return Target(skeletons, places, last)
 
 
 def _extra_objects(rules: Sequence[Rule], a: Architecture) -> list[str]:
-    """The `_extra_state` objects of the homogeneous layout: a superset of what any spec or TE version asks for."""
-    modules: dict[str, None] = {}
-    for rule in rules:
-        module, _, leaf = rule.megatron.rpartition(".")
-        kind = module.rpartition(".")[2]
-        if leaf == "weight" and (kind.startswith("linear_") or kind.endswith("norm")):
-            modules[module] = None
-    names = []
-    for module in modules:
-        if module.startswith(LAYER_PREFIX):
-            name = re.sub(r"\{l\}\.", "", module)
-            names += [f"{name}._extra_state/shard_{layer}_{a.num_layers}" for layer in range(a.num_layers)]
-        else:
-            names.append(f"{module}._extra_state/shard_0_1")
-    return names
+    """The `_extra_state` objects: a superset of what any spec or Transformer Engine version asks for.
+
+    One per module and layer; one per expert of a grouped linear (te: transformer_engine.py, 0.16.1, TEGroupedLinear).
+    """
+    names: dict[str, None] = {}
+    for rule in sorted(rules, key=lambda rule: rule.megatron):  # the same files, whatever the family's table
+        for key in (rule.megatron, *rule.dist_aliases):
+            module, _, leaf = key.rpartition(".")
+            kind = module.rpartition(".")[2]
+            if leaf in ("weight", "weight{e}") and (
+                kind.startswith("linear_") or kind.endswith("norm") or kind == "eh_proj"
+            ):
+                names.update(dict.fromkeys(_extra_instances(rule, module, a)))
+            elif leaf == "layer_norm_weight":  # a fused norm stands alone in the other spec
+                names.update(dict.fromkeys(_extra_instances(rule, module, a)))
+    return list(names)
+
+
+def _extra_instances(rule: Rule, module: str, a: Architecture) -> Iterator[str]:
+    name = dist_name(module + ".weight{e}" if rule.per_expert else module, stacked=a.uniform)
+    name = name.removesuffix(".weight")
+    layers: Sequence[int] = rule.ids(a.num_layers) if rule.per_layer else range(max(1, a.mtp_layers))
+    stacked_layers = rule.per_layer and a.uniform
+    experts: Sequence[int] = range(a.moe.num_experts) if rule.per_expert and a.moe else (0,)
+    for layer, expert in product(layers if rule.per_layer or rule.per_mtp else (0,), experts):
+        place = [(layer, a.num_layers)] if stacked_layers else []
+        place += [(expert, a.moe.num_experts)] if rule.per_expert and a.moe else []
+        at, of = [".".join(str(pair[side]) for pair in place) for side in (0, 1)] if place else ("0", "1")
+        yield f"{name}._extra_state/shard_{at}_{of}".replace("{l}", str(layer)).replace("{m}", str(layer))

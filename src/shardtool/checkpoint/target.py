@@ -52,21 +52,19 @@ def target_tensors(plan: Plan, dtypes: Mapping[int, str]) -> list[TargetTensor]:
     return [tensor for _, tensor in found]
 
 
-def _order(piece: Piece, ids: tuple[int, ...]) -> tuple[int, tuple[int, ...], int]:
-    """Input embedding, then layer by layer, then what comes after the layers."""
+def _order(piece: Piece, ids: tuple[int, ...]) -> tuple[int, tuple[int, ...], str]:
+    """Input embedding, then layer by layer, then what comes after the layers; by name, whatever the family's table."""
     if ids:
-        return (1, ids, piece.rule)
+        return (1, ids, piece.name)
     early = ("embedding.", "model.embed", "transformer.wte", "transformer.wpe")
-    return (0 if piece.name.startswith(early) and not piece.replica else 2, (), piece.rule)
+    return (0 if piece.name.startswith(early) and not piece.replica else 2, (), piece.name)
 
 
 def resolve_dtypes(plan: Plan, headers: Mapping[Key, Header], cast: str | None) -> dict[int, str]:
     """The dtype of every target piece: `cast`, or that of its sources.
 
-    CheckpointError where sources of different dtypes meet in one tensor and no `cast` says what it shall be.
+    Rules that keep their dtype are not cast. CheckpointError where sources of different dtypes meet in one tensor and no `cast` says what it shall be.
     """
-    if cast is not None:
-        return {id(piece): cast for piece in plan.dst.pieces}
     of_source = {id(piece): {headers[piece.key(ids)].dtype for ids in piece.ids()} for piece in plan.src.pieces}
     found: dict[int, set[str]] = {id(piece): set() for piece in plan.dst.pieces}
     of_rule: dict[int, set[str]] = defaultdict(set)
@@ -75,6 +73,10 @@ def resolve_dtypes(plan: Plan, headers: Mapping[Key, Header], cast: str | None) 
         of_rule[copy.dst.rule] |= of_source[id(copy.src)]
     for piece in plan.dst.pieces:  # a shard of nothing but padding has its tensor's dtype
         found[id(piece)] = found[id(piece)] or of_rule[piece.rule]
+    if cast is not None:
+        for piece in plan.dst.pieces:
+            if not plan.dst.rules[piece.rule].keep_dtype:
+                found[id(piece)] = {cast}
     mixed = [piece for piece in plan.dst.pieces if len(found[id(piece)]) > 1]
     if mixed:
         raise CheckpointError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,15 +9,17 @@ import typer
 
 from shardtool.cli import console
 from shardtool.cli.options import (
-    DEFAULT_JOBS, AccountEmbedding, AccountLoss, Budget, Divisible, Dtype, DtypeOption, Ep, Etp, First, Format,
-    FormatOption, Hf, Jobs, Json, Last, MaybeDivisible, MaybeFormat, MaybeSpec, MaybeTarget, Overwrite, Pad,
-    PipelineLayout, Pp, Quiet, Recipe, ShardSize, Source, Spec, SpecOption, Target, Tp, Verbose, VocabPad, Vpp,
+    DEFAULT_JOBS, AccountEmbedding, AccountLoss, Budget, Divisible, Dtype, DtypeOption, Ep, Etp, Experts, ExpertsOption,
+    First, Format, FormatOption, Hf, Jobs, Json, Last, MaybeDivisible, MaybeExperts, MaybeFormat, MaybeMtp, MaybeSpec,
+    MaybeTarget, MtpName, MtpOption, Overwrite, Pad, PipelineLayout, Pp, Quiet, Recipe, ShardSize, Source, Spec,
+    SpecOption, Target, Tp, Verbose, VocabPad, Vpp,
     bytes_of, checkpoint, mesh, workers,
 )  # fmt: skip
 from shardtool.execute.staging import check_destination
 
 if TYPE_CHECKING:
     from shardtool import convert
+    from shardtool.layout.mesh import Mesh
 
 DIVISIBLE_BY = 128
 
@@ -28,7 +29,8 @@ def hf2megatron(
     tp: Tp = 1, pp: Pp = 1, vpp: Vpp = 1, ep: Ep = 1, etp: Etp = None,
     first_stage_layers: First = None, last_stage_layers: Last = None, pipeline_layout: PipelineLayout = None,
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
-    format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te, dtype: DtypeOption = Dtype.keep,  # noqa: A002 - the option's name
+    format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te,  # noqa: A002 - the option's name
+    experts: ExpertsOption = Experts.grouped, mtp_name: MtpOption = MtpName.mtp_model_layer, dtype: DtypeOption = Dtype.keep,
     vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
@@ -41,7 +43,7 @@ def hf2megatron(
     )  # fmt: skip
     source = checkpoint(src)
     check_destination(source, dst, overwrite=overwrite)
-    options = _options(parallel, format, spec, dtype, vocab_divisible_by, vocab_pad)
+    options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
     _execute(convert.prepare_hf2megatron(source, options), dst, overwrite, workers(jobs, memory_budget))
 
 
@@ -65,7 +67,8 @@ def reshard(
     tp: Tp = 1, pp: Pp = 1, vpp: Vpp = 1, ep: Ep = 1, etp: Etp = None,
     first_stage_layers: First = None, last_stage_layers: Last = None, pipeline_layout: PipelineLayout = None,
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
-    format: MaybeFormat = None, spec: MaybeSpec = None, dtype: DtypeOption = Dtype.keep,  # noqa: A002 - the option's name
+    format: MaybeFormat = None, spec: MaybeSpec = None,  # noqa: A002 - the option's name
+    experts: MaybeExperts = None, mtp_name: MaybeMtp = None, dtype: DtypeOption = Dtype.keep,
     vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
@@ -78,9 +81,7 @@ def reshard(
     )  # fmt: skip
     source = checkpoint(src)
     check_destination(source, dst, overwrite=overwrite)
-    options = _reshard_options(
-        source, _options(parallel, format, spec, dtype, vocab_divisible_by, vocab_pad), format, spec, vocab_divisible_by
-    )
+    options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
     _execute(convert.prepare_reshard(source, options), dst, overwrite, workers(jobs, memory_budget))
 
 
@@ -89,7 +90,8 @@ def plan_hf2megatron(
     tp: Tp = 1, pp: Pp = 1, vpp: Vpp = 1, ep: Ep = 1, etp: Etp = None,
     first_stage_layers: First = None, last_stage_layers: Last = None, pipeline_layout: PipelineLayout = None,
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
-    format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te, dtype: DtypeOption = Dtype.keep,  # noqa: A002 - the option's name
+    format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te,  # noqa: A002 - the option's name
+    experts: ExpertsOption = Experts.grouped, mtp_name: MtpOption = MtpName.mtp_model_layer, dtype: DtypeOption = Dtype.keep,
     vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
@@ -101,7 +103,7 @@ def plan_hf2megatron(
         tp, pp, vpp, ep, etp, first_stage_layers, last_stage_layers, pipeline_layout, account_for_embedding, account_for_loss
     )  # fmt: skip
     source = checkpoint(src)
-    options = _options(parallel, format, spec, dtype, vocab_divisible_by, vocab_pad)
+    options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
     _explain(convert.prepare_hf2megatron(source, options), dst, overwrite)
 
 
@@ -122,7 +124,8 @@ def plan_reshard(
     tp: Tp = 1, pp: Pp = 1, vpp: Vpp = 1, ep: Ep = 1, etp: Etp = None,
     first_stage_layers: First = None, last_stage_layers: Last = None, pipeline_layout: PipelineLayout = None,
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
-    format: MaybeFormat = None, spec: MaybeSpec = None, dtype: DtypeOption = Dtype.keep,  # noqa: A002 - the option's name
+    format: MaybeFormat = None, spec: MaybeSpec = None,  # noqa: A002 - the option's name
+    experts: MaybeExperts = None, mtp_name: MaybeMtp = None, dtype: DtypeOption = Dtype.keep,
     vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
@@ -134,39 +137,32 @@ def plan_reshard(
         tp, pp, vpp, ep, etp, first_stage_layers, last_stage_layers, pipeline_layout, account_for_embedding, account_for_loss
     )  # fmt: skip
     source = checkpoint(src)
-    options = _reshard_options(
-        source, _options(parallel, format, spec, dtype, vocab_divisible_by, vocab_pad), format, spec, vocab_divisible_by
-    )
+    options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
     _explain(convert.prepare_reshard(source, options), dst, overwrite)
 
 
 def _options(
-    parallel: convert.Mesh, fmt: Format | None, spec: Spec | None, dtype: Dtype, divisible_by: int | None, pad: VocabPad
+    parallel: Mesh,
+    fmt: Format | None,
+    spec: Spec | None,
+    experts: Experts | None,
+    mtp_name: MtpName | None,
+    dtype: Dtype,
+    divisible_by: int | None,
+    pad: VocabPad,
 ) -> convert.MegatronOptions:
-    from shardtool import convert  # noqa: PLC0415 - numpy and the engine are not needed for --help
+    """The options as the library takes them; what was not given stays as it is in the source."""
+    from shardtool.convert import MegatronOptions  # noqa: PLC0415 - numpy and the engine are not needed for --help
 
-    return convert.MegatronOptions(
+    return MegatronOptions(
         parallel,
-        (fmt or Format.torch_dist).value,
-        (spec or Spec.te).value,
-        dtype.value,
-        divisible_by or DIVISIBLE_BY,
-        pad.value,
-    )
-
-
-def _reshard_options(
-    source: Path, options: convert.MegatronOptions, fmt: Format | None, spec: Spec | None, divisible_by: int | None
-) -> convert.MegatronOptions:
-    """What was not asked for stays as it is in the source."""
-    from shardtool import convert  # noqa: PLC0415 - numpy and the engine are not needed for --help
-
-    held = convert.read_megatron(source)
-    return replace(
-        options,
-        format=options.format if fmt else held.format,
-        spec=options.spec if spec else held.spec,
-        vocab_divisible_by=divisible_by or held.args.get("make_vocab_size_divisible_by") or DIVISIBLE_BY,
+        format=fmt.value if fmt else "",
+        spec=spec.value if spec else "",
+        experts=experts.value if experts else "",
+        mtp_name=mtp_name.value if mtp_name else "",
+        vocab_divisible_by=divisible_by or 0,
+        vocab_pad=pad.value,
+        dtype=dtype.value,
     )
 
 

@@ -33,6 +33,20 @@ class Spec(str, Enum):
     local = "local"
 
 
+class Experts(str, Enum):
+    """How per-rank files name experts."""
+
+    grouped = "grouped"
+    sequential = "sequential"
+
+
+class MtpName(str, Enum):
+    """The layer inside a multi-token-prediction layer of per-rank files."""
+
+    mtp_model_layer = "mtp_model_layer"
+    transformer_layer = "transformer_layer"
+
+
 class Dtype(str, Enum):
     """Dtypes of converted tensors."""
 
@@ -99,6 +113,10 @@ FormatOption = Annotated[Format, typer.Option("--format", help="Checkpoint forma
 MaybeFormat = Annotated[Format | None, typer.Option("--format", help="Checkpoint format. [default: that of SRC]", rich_help_panel=OUTPUT, show_default=False)]
 SpecOption = Annotated[Spec, typer.Option("--spec", help="Key spelling in per-rank files: Transformer Engine's or the local spec's.", rich_help_panel=OUTPUT)]
 MaybeSpec = Annotated[Spec | None, typer.Option("--spec", help="Key spelling in per-rank files. [default: that of SRC]", rich_help_panel=OUTPUT, show_default=False)]
+ExpertsOption = Annotated[Experts, typer.Option("--experts", help="How per-rank files name experts.", rich_help_panel=OUTPUT)]
+MaybeExperts = Annotated[Experts | None, typer.Option("--experts", help="How per-rank files name experts. [default: that of SRC]", rich_help_panel=OUTPUT, show_default=False)]
+MtpOption = Annotated[MtpName, typer.Option("--mtp-name", help="The layer inside an MTP layer of per-rank files: mtp_model_layer since megatron-core 0.17, transformer_layer before.", rich_help_panel=OUTPUT)]
+MaybeMtp = Annotated[MtpName | None, typer.Option("--mtp-name", help="The layer inside an MTP layer of per-rank files. [default: that of SRC]", rich_help_panel=OUTPUT, show_default=False)]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Cast every tensor, or keep what is stored.", rich_help_panel=OUTPUT)]
 Divisible = Annotated[int, typer.Option("--vocab-divisible-by", min=1, help="The padded vocabulary is a multiple of this times tp.", rich_help_panel=OUTPUT)]
 MaybeDivisible = Annotated[int | None, typer.Option("--vocab-divisible-by", min=1, help="The padded vocabulary is a multiple of this times tp. [default: that of SRC]", rich_help_panel=OUTPUT, show_default=False)]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from shardtool.errors import CheckpointError
-from shardtool.execute.tiles import Move, Workspace, coalesce, fill_tile, numpy_dtype, tiles
+from shardtool.execute.tiles import Move, Workspace, clip, coalesce, fill_tile, numpy_dtype, tiles
 from shardtool.formats.stored import Payload, Skeleton, Stored, row_major_strides
 from shardtool.layout.layout import Key, Piece
 from shardtool.plan.plan import Copy, Plan
@@ -257,18 +257,18 @@ def compare(
     """
     compared, differences = 0, []
     space, other = Workspace(), Workspace()
-    padded: dict[int, list[tuple[int, ...]]] = defaultdict(list)
     try:
         for task in tasks(plan, lambda key: held(key).dtype):
             target = held(task.key)
             if target.strides is not None:
                 raise CheckpointError("a tensor to compare with is not contiguous", where=task.key[1])
             width = numpy_dtype(target.dtype, values=False).itemsize
+            sources = moves(task, locate)
             bad = first = count = 0
             for low, tile in assemble(space, task, locate):
                 theirs = other.buffer("tile", len(tile))
                 other.read_into(target.file, target.offset + low * width, memoryview(theirs))
-                mask = _written(task, low, len(tile) // width)
+                mask = _written(sources, low, len(tile) // width)
                 unequal = (tile.view(f"u{width}") != theirs.view(f"u{width}")) & mask
                 count += int(mask.sum())
                 found = int(unequal.sum())
@@ -283,19 +283,14 @@ def compare(
     finally:
         space.close()
         other.close()
-        padded.clear()
     return compared, differences
 
 
-def _written(task: Task, low: int, count: int) -> Any:
+def _written(sources: Sequence[Move], low: int, count: int) -> Any:
     """Which elements of a tile the copies write (the others are padding)."""
-    total = prod(task.shape)
-    if sum(copy.volume for copy, _ in task.copies) >= total:
-        return np.ones(count, bool)
     mask = np.zeros(count, bool)
-    for copy, ids in task.copies:
-        fixed = {name.axis: index for name, index in zip(copy.dst.names, ids, strict=True)}
-        offset = copy.dst_offset + sum(fixed.get(loop.axis, 0) * loop.dst_stride for loop in copy.loops)
-        span = 1 + sum((n - 1) * s for n, s in zip(copy.shape, copy.dst_strides, strict=True))
-        mask[max(0, offset - low) : max(0, offset + span - low)] = True
+    for move in sources:
+        for part in clip(move, low, low + count):
+            start = part.dst_offset - low
+            np.lib.stride_tricks.as_strided(mask[start:], part.shape, part.dst_strides)[...] = True
     return mask

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -212,6 +212,3 @@ def tiles(numel: int, width: int) -> Iterator[tuple[int, int]]:
     step = max(1, TILE_BYTES // width)
     for low in range(0, numel, step):
         yield low, min(low + step, numel)
-
-
-MovesOf = Mapping[Any, Sequence[Move]]

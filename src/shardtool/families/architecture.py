@@ -8,13 +8,21 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """A change of the rotary frequencies. `llama3` uses all fields, `linear` only `factor`."""
+    """A change of the rotary frequencies.
 
-    kind: Literal["linear", "llama3"]
+    `linear` uses `factor`; `llama3` the factors and `original_max_positions`; `yarn` all but the first two factors.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +33,39 @@ class Rope:
     fraction: float = 1.0
     interleaved: bool = False
     scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureOfExperts:
+    """The expert layers: which layers they are, how a token's experts are chosen, what is shared.
+
+    `pre_softmax`: softmax over all experts, then the top k (Hugging Face `norm_topk_prob` false); else over the top k.
+    `groups` and `group_top_k` limit a token to some groups of experts. `expert_bias` shifts the choice, not the weights.
+    """
+
+    num_experts: int
+    top_k: int
+    ffn_size: int
+    layers: tuple[int, ...]
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    pre_softmax: bool = False
+    scaling: float | None = None
+    expert_bias: bool = False
+    groups: int | None = None
+    group_top_k: int | None = None
+    shared_ffn_size: int = 0
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Multi-latent attention. `query_rank` None means that queries are projected directly."""
+
+    query_rank: int | None
+    key_value_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +97,16 @@ class Architecture:
     window: int | None = None
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+    moe: MixtureOfExperts | None = None
+    mla: LatentAttention | None = None
+    mtp_layers: int = 0  # multi-token-prediction layers after the last layer
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers with experts."""
+        return self.moe.layers if self.moe else ()
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers are alike, so that torch_dist stacks them."""
+        return len(self.moe_layers) in (0, self.num_layers)

@@ -1,12 +1,16 @@
 """The Megatron side of the tables, and the equations that several families use.
 
 A row of a table is (Hugging Face names, equation, Megatron key, axis that tp shards). Axes: l layer, v vocabulary,
-p position, h hidden, g query group, q query head in its group, d head dim, f MLP rows.
+p position, h hidden, g query group, q query head in its group, d head dim, f MLP rows; e expert, x rows of an expert,
+s rows of the shared expert; n attention head, k query dims, u key and value dims, w value dims of a head (latent
+attention), y query rank, z key-value rank, j rows of the key-value down projection; m MTP layer, o hidden as output,
+i both inputs of an MTP layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from shardtool.families.architecture import Architecture
 from shardtool.layout.rules import Rule, rule
@@ -37,37 +41,111 @@ K_NORM     = "self_attention.k_layernorm"
 MLP_NORM   = "mlp.linear_fc1.layer_norm"
 FC1        = "mlp.linear_fc1"
 FC2        = "mlp.linear_fc2"
+MOE_NORM   = "pre_mlp_layernorm"
+ROUTER     = "mlp.router.weight"
+ROUTER_BIAS = "mlp.router.expert_bias"
+EXPERT_FC1 = "mlp.experts.linear_fc1.weight{e}"
+EXPERT_FC2 = "mlp.experts.linear_fc2.weight{e}"
+SHARED_FC1 = "mlp.shared_experts.linear_fc1.weight"
+SHARED_FC2 = "mlp.shared_experts.linear_fc2.weight"
+SHARED_GATE = "mlp.shared_experts.gate_weight"
 # fmt: on
 
 
-def embedding(name: str, head: str, *, tied: bool) -> tuple[Rule, ...]:
-    """Input embedding and head. Tied: one component, which may also be on disk under the head's name."""
+def embedding(
+    name: str, head: str, *, tied: bool, aliases: tuple[str, ...] = (), head_aliases: tuple[str, ...] = ()
+) -> tuple[Rule, ...]:
+    """Input embedding and head. Tied: one component, which may also be on disk under the head's name.
+
+    `aliases` and `head_aliases` are further names of the two (multi-token-prediction layers repeat them).
+    """
     if tied:
-        return (rule(name, VOCAB, EMBEDDING, "v", copies=(head,), tied_copy=OUTPUT),)
-    return (rule(name, VOCAB, EMBEDDING, "v"), rule(head, VOCAB, OUTPUT, "v"))
+        return (rule(name, VOCAB, EMBEDDING, "v", copies=(head,), tied_copy=OUTPUT, aliases=(*aliases, *head_aliases)),)
+    return (rule(name, VOCAB, EMBEDDING, "v", aliases=aliases), rule(head, VOCAB, OUTPUT, "v", aliases=head_aliases))
 
 
-def layers(prefix: str, rows: Iterable[Row]) -> tuple[Rule, ...]:
-    """Per-layer rules; names are relative to `prefix` on the left and to decoder.layers.{l}. on the right."""
+def layers(
+    prefix: str, rows: Iterable[Row], within: tuple[int, ...] | None = None, inner: str = "decoder.layers.{l}."
+) -> tuple[Rule, ...]:
+    """Per-layer rules; names are relative to `prefix` on the left and to `inner` on the right. `within`: which layers.
+
+    A norm that Transformer Engine fuses into a linear in some layers and not in others has the other spelling as its
+    second torch_dist key: the local spec of megatron-core (to 0.19) maps all of them to the fused one for experts, and
+    none of them for latent attention (gpt_layer_specs.py).
+    """
     found = []
     for hf, equation, megatron, tp in rows:
         names = (hf,) if isinstance(hf, str) else hf
-        found.append(rule([prefix + name for name in names], equation, "decoder.layers.{l}." + megatron, tp))
+        options: dict[str, Any] = {"layers": within}
+        if megatron in DIST_ALIASES:
+            options["dist_aliases"] = (inner + DIST_ALIASES[megatron],)
+        if megatron in LOCAL_TP:
+            options["tp_local"] = LOCAL_TP[megatron]
+        if megatron == ROUTER_BIAS:
+            options["keep_dtype"] = True  # megatron-core keeps it in fp32 in every model (moe/router.py)
+        found.append(rule([prefix + name for name in names], equation, inner + megatron, tp, **options))
     return tuple(found)
 
 
-def standard(a: Architecture) -> tuple[Rule, ...]:
-    """The layout of Llama's keys, with a row for everything that an Architecture can have.
+DIST_ALIASES = {
+    MOE_NORM + ".weight": MLP_NORM + "_weight",
+    MOE_NORM + ".bias": MLP_NORM + "_bias",
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
+}
+# the local spec column-splits the down projections, Transformer Engine's has them whole (gpt_layer_specs.py, 0.14 on)
+LOCAL_TP = {"self_attention.linear_q_down_proj.weight": "y", "self_attention.linear_kv_down_proj.weight": "j"}
 
-    Llama, Mistral, Qwen2 and Qwen3 are exactly this with their switches; a Megatron checkpoint without a
-    Hugging Face family (resharding) uses it for its Megatron side.
-    """
+
+def attention(a: Architecture) -> list[Row]:
+    """Grouped-query attention under Llama's names, with the norm before it."""
     # fmt: off
     table: list[Row] = [
         ("input_layernorm.weight",                                    HIDDEN,   INPUT_NORM + "_weight", None),
         (("self_attn.q_proj.weight", "self_attn.k_proj.weight",
           "self_attn.v_proj.weight"),                                 QKV,      LINEAR_QKV + ".weight", "g"),
         ("self_attn.o_proj.weight",                                   OUT,      LINEAR_OUT + ".weight", "g"),
+    ]
+    if a.qkv_bias or a.linear_bias:
+        table += [(("self_attn.q_proj.bias", "self_attn.k_proj.bias",
+                    "self_attn.v_proj.bias"),                         QKV_BIAS, LINEAR_QKV + ".bias",   "g")]
+    if a.linear_bias:
+        table += [("self_attn.o_proj.bias",                           HIDDEN,   LINEAR_OUT + ".bias",   None)]
+    if a.qk_norm:
+        table += [("self_attn.q_norm.weight",                         HEAD,     Q_NORM + ".weight",     None),
+                  ("self_attn.k_norm.weight",                         HEAD,     K_NORM + ".weight",     None)]
+    if a.norm == "layer":
+        table += [("input_layernorm.bias",                            HIDDEN,   INPUT_NORM + "_bias",   None)]
+    # fmt: on
+    return table
+
+
+def latent_attention(a: Architecture) -> list[Row]:
+    """Multi-latent attention under DeepSeek's names; rope rows keep their order (megatron-core de-interleaves them)."""
+    assert a.mla is not None
+    at = "self_attention."
+    # fmt: off
+    table: list[Row] = [
+        ("input_layernorm.weight",                  HIDDEN,             "input_layernorm.weight",                     None),
+        ("self_attn.kv_a_proj_with_mqa.weight",     "j h -> j h",       at + "linear_kv_down_proj.weight",            None),
+        ("self_attn.kv_a_layernorm.weight",         "z -> z",           at + "linear_kv_up_proj.layer_norm_weight",   None),
+        ("self_attn.kv_b_proj.weight",              "(n u) z -> (n u) z", at + "linear_kv_up_proj.weight",            "n"),
+        ("self_attn.o_proj.weight",                 "h (n w) -> h (n w)", at + "linear_proj.weight",                  "n"),
+    ]
+    if a.mla.query_rank is None:
+        table += [("self_attn.q_proj.weight",       "(n k) h -> (n k) h", at + "linear_q_proj.weight",                "n")]
+    else:
+        table += [("self_attn.q_a_proj.weight",     "y h -> y h",       at + "linear_q_down_proj.weight",             None),
+                  ("self_attn.q_a_layernorm.weight", "y -> y",          at + "linear_q_up_proj.layer_norm_weight",    None),
+                  ("self_attn.q_b_proj.weight",     "(n k) y -> (n k) y", at + "linear_q_up_proj.weight",             "n")]
+    # fmt: on
+    return table
+
+
+def mlp(a: Architecture) -> list[Row]:
+    """The dense MLP under Llama's names, with the norm before it."""
+    # fmt: off
+    table: list[Row] = [
         ("post_attention_layernorm.weight",                           HIDDEN,   MLP_NORM + "_weight",   None),
         ("mlp.down_proj.weight",                                      DOWN,     FC2 + ".weight",        "f"),
     ]
@@ -75,26 +153,95 @@ def standard(a: Architecture) -> tuple[Rule, ...]:
         table += [(("mlp.gate_proj.weight", "mlp.up_proj.weight"),    GLU,      FC1 + ".weight",        "f")]
     else:
         table += [("mlp.up_proj.weight",                              UP,       FC1 + ".weight",        "f")]
-    if a.qkv_bias or a.linear_bias:
-        table += [(("self_attn.q_proj.bias", "self_attn.k_proj.bias",
-                    "self_attn.v_proj.bias"),                         QKV_BIAS, LINEAR_QKV + ".bias",   "g")]
     if a.linear_bias:
-        table += [("self_attn.o_proj.bias",                           HIDDEN,   LINEAR_OUT + ".bias",   None),
-                  ("mlp.down_proj.bias",                              HIDDEN,   FC2 + ".bias",          None)]
+        table += [("mlp.down_proj.bias",                              HIDDEN,   FC2 + ".bias",          None)]
         if a.gated:
             table += [(("mlp.gate_proj.bias", "mlp.up_proj.bias"),    GLU_BIAS, FC1 + ".bias",          "f")]
         else:
             table += [("mlp.up_proj.bias",                            "f -> f", FC1 + ".bias",          "f")]
-    if a.qk_norm:
-        table += [("self_attn.q_norm.weight",                         HEAD,     Q_NORM + ".weight",     None),
-                  ("self_attn.k_norm.weight",                         HEAD,     K_NORM + ".weight",     None)]
     if a.norm == "layer":
-        table += [("input_layernorm.bias",                            HIDDEN,   INPUT_NORM + "_bias",   None),
-                  ("post_attention_layernorm.bias",                   HIDDEN,   MLP_NORM + "_bias",     None)]
+        table += [("post_attention_layernorm.bias",                   HIDDEN,   MLP_NORM + "_bias",     None)]
     # fmt: on
+    return table
+
+
+def experts(
+    a: Architecture, router: str = "mlp.gate", expert: str = "mlp.experts.{e}.",
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"), shared: str = "mlp.shared_experts.",
+    bias: str = "mlp.gate.e_score_correction_bias", shared_gate: str = "mlp.shared_expert_gate.weight",
+) -> list[Row]:  # fmt: skip
+    """Router, experts and shared expert of an expert layer, with the norm before it. `names`: gate, up, down."""
+    assert a.moe is not None
+    gate, up, down = (name + ".weight" for name in names)
+    # fmt: off
+    table: list[Row] = [
+        ("post_attention_layernorm.weight",        HIDDEN,               MOE_NORM + ".weight", None),
+        (router + ".weight",                       "e h -> e h",         ROUTER,               None),
+        ((expert + gate, expert + up),             "x h, x h -> (x + x) h", EXPERT_FC1,        "x"),
+        (expert + down,                            "h x -> h x",         EXPERT_FC2,           "x"),
+    ]
+    if a.moe.expert_bias:
+        table += [(bias,                           "e -> e",             ROUTER_BIAS,          None)]
+    if a.moe.shared_ffn_size:
+        table += [((shared + "gate_proj.weight", shared + "up_proj.weight"),
+                                                   "s h, s h -> (s + s) h", SHARED_FC1,        "s"),
+                  (shared + "down_proj.weight",    "h s -> h s",         SHARED_FC2,           "s")]
+    if a.moe.shared_gate:
+        table += [(shared_gate,                    "1 h -> 1 h",         SHARED_GATE,          None)]
+    # fmt: on
+    return table
+
+
+def decoder(a: Architecture, moe_rows: list[Row], prefix: str = "model.layers.{l}.") -> tuple[Rule, ...]:
+    """All layers: attention everywhere, dense MLPs and experts in their own layers."""
+    dense = tuple(layer for layer in range(a.num_layers) if layer not in set(a.moe_layers))
+    found = layers(prefix, latent_attention(a) if a.mla else attention(a))
+    if dense:
+        found += layers(prefix, mlp(a), dense if a.moe else None)
+    if a.moe:
+        found += layers(prefix, moe_rows, a.moe_layers if dense else None)
+    return found
+
+
+def multi_token_prediction(a: Architecture, moe_rows: list[Row], prefix: str = "model.layers.{m}.") -> tuple[Rule, ...]:
+    """DeepSeek's MTP layers: numbered on after the last layer, expert layers where the model has experts."""
+    if not a.mtp_layers:
+        return ()
+    outer = "mtp.layers.{m}."
+    # fmt: off
+    table: list[Row] = [
+        ("enorm.weight",            HIDDEN,       "enorm.weight",           None),
+        ("hnorm.weight",            HIDDEN,       "hnorm.weight",           None),
+        ("eh_proj.weight",          "o i -> o i", "eh_proj.weight",         "o"),
+        ("shared_head.norm.weight", HIDDEN,       "final_layernorm.weight", None),
+    ]
+    # fmt: on
+    inner = outer + "transformer_layer."
+    found = layers(prefix, table, inner=outer) + layers(
+        prefix, latent_attention(a) if a.mla else attention(a), inner=inner
+    )
+    return found + layers(prefix, moe_rows if a.moe else mlp(a), inner=inner)
+
+
+def standard(a: Architecture, moe_rows: list[Row] | None = None) -> tuple[Rule, ...]:
+    """The layout of Llama's keys (DeepSeek's for latent attention, experts and MTP), with a row for everything that an
+    Architecture can have.
+
+    `moe_rows` are the expert layers' rows where they have other names. Llama, Mistral, Qwen2 and Qwen3 are exactly this with their switches; a Megatron checkpoint without a
+    Hugging Face family (resharding) uses it for its Megatron side.
+    """
+    rows = (experts(a) if a.moe else []) if moe_rows is None else moe_rows
+    at = "model.layers.{m}."
     rules = [
-        *embedding("model.embed_tokens.weight", "lm_head.weight", tied=a.tied),
-        *layers("model.layers.{l}.", table),
+        *embedding(
+            "model.embed_tokens.weight",
+            "lm_head.weight",
+            tied=a.tied,
+            aliases=(at + "embed_tokens.weight",) if a.mtp_layers else (),
+            head_aliases=(at + "shared_head.head.weight",) if a.mtp_layers else (),
+        ),
+        *decoder(a, rows),
+        *multi_token_prediction(a, rows),
         rule("model.norm.weight", HIDDEN, FINAL_NORM + ".weight"),
     ]
     if a.norm == "layer":
@@ -106,7 +253,7 @@ def standard(a: Architecture) -> tuple[Rule, ...]:
 
 def axis_sizes(a: Architecture) -> dict[str, int]:
     """The size of every axis."""
-    return {
+    sizes = {
         "l": a.num_layers,
         "v": a.vocab_size,
         "p": a.max_positions,
@@ -115,4 +262,20 @@ def axis_sizes(a: Architecture) -> dict[str, int]:
         "q": a.num_heads // a.num_query_groups,
         "d": a.head_dim,
         "f": a.ffn_size,
+        "m": a.mtp_layers,
+        "o": a.hidden_size,
+        "i": 2 * a.hidden_size,
+        "n": a.num_heads,
     }
+    if a.moe:
+        sizes |= {"e": a.moe.num_experts, "x": a.moe.ffn_size, "s": a.moe.shared_ffn_size}
+    if a.mla:
+        sizes |= {
+            "k": a.mla.nope_dim + a.mla.rope_dim,
+            "u": a.mla.nope_dim + a.mla.value_dim,
+            "w": a.mla.value_dim,
+            "y": a.mla.query_rank or 0,
+            "z": a.mla.key_value_rank,
+            "j": a.mla.key_value_rank + a.mla.rope_dim,
+        }
+    return sizes

@@ -37,7 +37,8 @@ class Family:
     `fixed` are the switches of an Architecture that this family always has. `derived` computes the fields that
     depend on several keys; `extra` adds the keys that config.json needs besides the table. `refuse` returns the reason
     why a config cannot be converted, or None. `ignored` are patterns of buffers in old files that carry no weights.
-    `prefix` is the part of every tensor name that some files leave out.
+    `prefix` is the part of every tensor name that some files leave out. `caveats` says where Megatron cannot compute
+    exactly the same.
     """
 
     model_type: str
@@ -50,6 +51,7 @@ class Family:
     refuse: Callable[[Config], str | None]
     ignored: tuple[str, ...] = ()
     prefix: str = ""
+    caveats: Callable[[Architecture], tuple[str, ...]] = lambda _: ()
 
     def read_config(self, config: Config) -> Architecture:
         """The architecture of a config.json; UsageError with the reason where Megatron or this family cannot hold it."""
@@ -67,7 +69,10 @@ class Family:
                 ) from error
         values.update(self.fixed)
         values.update(self.derived(config, values))
-        return Architecture(family=self.model_type, **values)
+        a = Architecture(family=self.model_type, **values)
+        if reason := _refuse_activation(a):
+            raise UsageError(f"this {self.model_type} model cannot be converted: {reason}", where="config.json")
+        return a
 
     def write_config(self, a: Architecture, dtype: str) -> dict[str, Any]:
         """The config.json of an architecture; UsageError naming the fields where the family cannot express it."""
@@ -95,28 +100,37 @@ def describe_differences(a: Architecture, b: Architecture, ignore: frozenset[str
     return [f"{name}: {ours[name]} and {theirs[name]}" for name in names if ours[name] != theirs[name]]
 
 
+def _refuse_activation(a: Architecture) -> str | None:
+    """Megatron-LM has flags for SwiGLU and for GELU (arguments.py 0.16); its args could not say anything else."""
+    known = ("silu",) if a.gated else ("gelu", "gelu_tanh")
+    if a.activation not in known:
+        return f"its MLP has the activation {a.activation}; Megatron-LM has {' and '.join(known)} there"
+    return None
+
+
 def _refuse_quantised(config: Config) -> str | None:
     if quantised := config.get("quantization_config"):
         return f"its weights are quantised ({quantised.get('quant_method', 'unknown method')}); dequantise them first"
     return None
 
 
-def read_rope(config: Config) -> Rope:
+def read_rope(config: Config, *, theta: float = 10000.0, latent: bool = False, fraction: float | None = None) -> Rope:
     """The rotary embedding of a config.json, in either dialect: rope_theta + rope_scaling, or rope_parameters.
 
-    Raises ValueError for a kind that megatron-core's GPTModel cannot express (0.16.1: rope_scaling=True fixes
+    `theta` is what the configuration class takes where none is given; `latent` attention knows yarn;
+    `fraction` is the default share of each head that is rotated, for families where it may be less than all. Raises ValueError for a kind that megatron-core's GPTModel cannot express (0.16.1: rope_scaling=True fixes
     llama3's constants to 1, 4 and 8192; only the factor is a parameter).
     """
     scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = float(scaling.get("rope_theta", config.get("rope_theta") or 10000.0))
+    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or theta)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    fraction = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
-    if fraction != 1.0:
-        raise ValueError(f"partial_rotary_factor {fraction}: this family's attention rotates whole heads")
+    part = float(scaling.get("partial_rotary_factor", config.get("partial_rotary_factor") or fraction or 1.0))
+    if part != 1.0 and fraction is None:
+        raise ValueError(f"partial_rotary_factor {part}: this family's attention rotates whole heads")
     if kind == "default":
-        return Rope(theta)
+        return Rope(theta, part)
     if kind == "linear":
-        return Rope(theta, scaling=RopeScaling("linear", float(scaling["factor"])))
+        return Rope(theta, part, scaling=RopeScaling("linear", float(scaling["factor"])))
     if kind == "llama3":
         constants = tuple(
             float(scaling[key]) for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -126,7 +140,25 @@ def read_rope(config: Config) -> Rope:
                 f"llama3 rope scaling with constants {constants}: megatron-core fixes them to (1, 4, 8192)"
             )
         return Rope(theta, scaling=RopeScaling("llama3", float(scaling["factor"])))
+    if kind == "yarn" and latent:
+        return Rope(theta, scaling=_read_yarn(scaling))
     raise ValueError(f"rope type {kind!r}: megatron-core's GPTModel has default, linear and llama3")
+
+
+def _read_yarn(scaling: Config) -> RopeScaling:
+    if scaling.get("attention_factor") is not None:
+        raise ValueError("yarn with an attention_factor of its own: megatron-core computes it")
+    mscale_all = float(scaling.get("mscale_all_dim") or 0.0)
+    return RopeScaling(
+        "yarn",
+        float(scaling["factor"]),
+        original_max_positions=int(scaling["original_max_position_embeddings"]),
+        beta_fast=float(scaling.get("beta_fast") or 32),
+        beta_slow=float(scaling.get("beta_slow") or 1),
+        mscale=float(scaling.get("mscale") or 1.0),
+        mscale_all_dim=mscale_all,
+        truncate=bool(scaling.get("truncate", True)),
+    )
 
 
 def write_rope(rope: Rope | None) -> dict[str, Any]:
@@ -134,6 +166,8 @@ def write_rope(rope: Rope | None) -> dict[str, Any]:
     if rope is None:
         return {}
     keys: dict[str, Any] = {"rope_theta": rope.theta}
+    if rope.fraction != 1.0:
+        keys["partial_rotary_factor"] = rope.fraction
     if rope.scaling is None:
         return keys | {"rope_scaling": None}
     scaling: dict[str, Any] = {"rope_type": rope.scaling.kind, "factor": rope.scaling.factor}
@@ -143,13 +177,17 @@ def write_rope(rope: Rope | None) -> dict[str, Any]:
             "high_freq_factor": rope.scaling.high_freq_factor,
             "original_max_position_embeddings": rope.scaling.original_max_positions,
         }
+    if rope.scaling.kind == "yarn":
+        names = {"original_max_position_embeddings": "original_max_positions"}
+        names |= {name: name for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")}
+        scaling |= {key: getattr(rope.scaling, name) for key, name in names.items()}
     return keys | {"rope_scaling": scaling}
 
 
-def rope_refusal(config: Config) -> str | None:
+def rope_refusal(config: Config, *, latent: bool = False, partial: bool = False) -> str | None:
     """Why the rotary embedding of a config.json cannot be converted, or None."""
     try:
-        read_rope(config)
+        read_rope(config, latent=latent, fraction=1.0 if partial else None)
     except (ValueError, KeyError, TypeError) as error:
         return f"incomplete rope scaling, {error} is missing" if isinstance(error, KeyError) else str(error)
     return None

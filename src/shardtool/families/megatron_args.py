@@ -6,21 +6,19 @@ Names and read-back rules: Megatron-LM training/arguments.py and training/checkp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from shardtool.errors import CheckpointError
-from shardtool.families.architecture import Architecture, Rope, RopeScaling
+from shardtool.families.architecture import Architecture, LatentAttention, MixtureOfExperts, Rope, RopeScaling
 from shardtool.layout.mesh import Mesh, virtual_stages
 
 Args = Mapping[str, Any]
 
 FAMILY_NAME = "hf_model_type"  # our own entry in args: the Hugging Face family that the checkpoint came from
 
-NOT_DENSE = {
-    "num_experts": "experts",
-    "multi_latent_attention": "multi-latent attention",
-    "mtp_num_layers": "multi-token prediction",
+NOT_CONVERTED = {
     "hybrid_override_pattern": "hybrid layers",
     "hybrid_layer_pattern": "hybrid layers",
     "attention_output_gate": "an attention output gate",
@@ -79,8 +77,9 @@ def to_args(
         "vocab_size": a.vocab_size,
         "padded_vocab_size": padded,
         "make_vocab_size_divisible_by": divisible_by,
-        "num_experts": None,
-        "multi_latent_attention": False,
+        **_moe_args(a),
+        **_mla_args(a),
+        "mtp_num_layers": a.mtp_layers or None,
         "tensor_model_parallel_size": mesh.tp,
         "pipeline_model_parallel_size": mesh.pp,
         "virtual_pipeline_model_parallel_size": chunks_per_stage if chunks_per_stage > 1 else None,
@@ -109,6 +108,106 @@ def to_args(
     }
 
 
+def _moe_args(a: Architecture) -> dict[str, Any]:
+    moe = a.moe
+    if moe is None:
+        return {"num_experts": None}
+    return {
+        "num_experts": moe.num_experts,
+        "moe_router_topk": moe.top_k,
+        "moe_ffn_hidden_size": moe.ffn_size,
+        # a list makes megatron-core keep one torch_dist key per layer (transformer_block.py)
+        "moe_layer_freq": 1 if a.uniform else [int(layer in moe.layers) for layer in range(a.num_layers)],
+        "moe_router_score_function": moe.score,
+        "moe_router_pre_softmax": moe.pre_softmax,
+        "moe_router_topk_scaling_factor": moe.scaling,
+        "moe_router_enable_expert_bias": moe.expert_bias,
+        "moe_router_num_groups": moe.groups,
+        "moe_router_group_topk": moe.group_top_k,
+        "moe_shared_expert_intermediate_size": moe.shared_ffn_size or None,
+        "moe_shared_expert_gate": moe.shared_gate,
+        "moe_grouped_gemm": True,
+        "moe_router_load_balancing_type": "none",
+    }
+
+
+def _mla_args(a: Architecture) -> dict[str, Any]:
+    if a.mla is None:
+        return {"multi_latent_attention": False}
+    scaling = a.rope.scaling if a.rope else None
+    yarn = scaling if scaling and scaling.kind == "yarn" else None
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": a.mla.query_rank,
+        "kv_lora_rank": a.mla.key_value_rank,
+        "qk_head_dim": a.mla.nope_dim,
+        "qk_pos_emb_head_dim": a.mla.rope_dim,
+        "v_head_dim": a.mla.value_dim,
+        "rope_type": "yarn" if yarn else "rope",
+        # megatron-core scales rope and softmax by these whatever the type: 1 means unchanged
+        "rotary_scaling_factor": yarn.factor if yarn else 1.0,
+        "original_max_position_embeddings": yarn.original_max_positions if yarn else a.max_positions,
+        "beta_fast": yarn.beta_fast if yarn else 32,
+        "beta_slow": yarn.beta_slow if yarn else 1,
+        "mscale": yarn.mscale if yarn else 1.0,
+        "mscale_all_dim": yarn.mscale_all_dim if yarn else 0.0,
+    }
+
+
+def _moe(args: Args, num_layers: int, ffn_size: int) -> MixtureOfExperts | None:
+    if not args.get("num_experts"):
+        return None
+    frequency = args.get("moe_layer_freq", 1)
+    if isinstance(frequency, str):
+        frequency = _frequency(frequency)
+    if isinstance(frequency, int):
+        # layer i has experts where i is a multiple (gpt_layer_specs.py get_gpt_decoder_block_spec)
+        frequency = [int(layer % frequency == 0) for layer in range(num_layers)]
+    score: Literal["softmax", "sigmoid"] = (
+        "sigmoid" if args.get("moe_router_score_function") == "sigmoid" else "softmax"
+    )
+    return MixtureOfExperts(
+        args["num_experts"],
+        args.get("moe_router_topk") or 2,
+        args.get("moe_ffn_hidden_size") or ffn_size,
+        tuple(layer for layer, flag in enumerate(frequency[:num_layers]) if flag),
+        score,
+        bool(args.get("moe_router_pre_softmax")),
+        args.get("moe_router_topk_scaling_factor"),
+        bool(args.get("moe_router_enable_expert_bias")),
+        args.get("moe_router_num_groups"),
+        args.get("moe_router_group_topk"),
+        args.get("moe_shared_expert_intermediate_size") or 0,
+        bool(args.get("moe_shared_expert_gate")),
+    )
+
+
+def _frequency(text: str) -> int | list[int]:
+    """A `--moe-layer-freq` string: an integer, or lists of integers with + and *, such as ([0]*3+[1]*58)."""
+    if text.strip().isdecimal():
+        return int(text)
+    if not re.fullmatch(r"[\[\]()\d\s,+*]+", text):
+        raise CheckpointError(
+            "moe_layer_freq cannot be read", where="args", expected="an integer or ([0]*3+[1]*58)", found=text[:80]
+        )
+    layers: list[int] = []
+    for items, times in re.findall(r"\[([\d\s,]*)\]\s*(?:\*\s*(\d+))?", text):
+        layers += [int(item) for item in items.split(",") if item.strip()] * int(times or 1)
+    return layers
+
+
+def _mla(args: Args) -> LatentAttention | None:
+    if not args.get("multi_latent_attention"):
+        return None
+    return LatentAttention(
+        args.get("q_lora_rank"),
+        args.get("kv_lora_rank") or 512,
+        args.get("qk_head_dim") or 128,
+        args.get("qk_pos_emb_head_dim") or 64,
+        args.get("v_head_dim") or 128,
+    )
+
+
 def _whole(value: float) -> float | int:
     """Megatron-LM's --rotary-base and --rotary-seq-len-interpolation-factor are integers; keep others as they are."""
     return int(value) if float(value).is_integer() else value
@@ -125,7 +224,7 @@ def from_args(args: Args) -> Architecture:
         raise CheckpointError(
             "the checkpoint's args do not say what model it is", where="args", expected=", ".join(missing)
         )
-    for name, what in NOT_DENSE.items():
+    for name, what in NOT_CONVERTED.items():
         if args.get(name):
             raise CheckpointError(
                 f"the model has {what}, which is not converted",
@@ -134,7 +233,9 @@ def from_args(args: Args) -> Architecture:
                 found=repr(args[name]),
             )
     heads, hidden = args["num_attention_heads"], args["hidden_size"]
+    linear_bias = bool(args.get("add_bias_linear", not args.get("disable_bias_linear", False)))
     gated = bool(args.get("swiglu"))
+    ffn = args.get("ffn_hidden_size") or (int((4 * hidden * 2 / 3) / 64) * 64 if gated else 4 * hidden)
     window = args.get("window_size")
     if window is not None and (len(window) != 2 or window[1] != 0):
         raise CheckpointError(
@@ -150,19 +251,22 @@ def from_args(args: Args) -> Architecture:
         num_heads=heads,
         num_query_groups=(args.get("num_query_groups") or heads) if args.get("group_query_attention", True) else heads,
         head_dim=args.get("kv_channels") or hidden // heads,
-        ffn_size=args.get("ffn_hidden_size") or (int((4 * hidden * 2 / 3) / 64) * 64 if gated else 4 * hidden),
+        ffn_size=ffn,
         vocab_size=args.get("vocab_size") or args.get("padded_vocab_size") or 0,
         max_positions=args.get("max_position_embeddings") or args.get("seq_length") or 0,
         norm="rms" if args.get("normalization", "LayerNorm") == "RMSNorm" else "layer",
         norm_eps=args.get("norm_epsilon", args.get("layernorm_epsilon", 1e-5)),
         activation="silu" if gated else gelu,  # type: ignore[arg-type]  # one of the two literals above
         gated=gated,
-        qkv_bias=bool(args.get("add_qkv_bias")),
-        linear_bias=bool(args.get("add_bias_linear", not args.get("disable_bias_linear", False))),
+        qkv_bias=bool(args.get("add_qkv_bias")) and not linear_bias,  # a bias on every linear includes qkv
+        linear_bias=linear_bias,
         qk_norm=bool(args.get("qk_layernorm")),
         tied=not args.get("untie_embeddings_and_output_weights", False),
         rope=_rope(args),
         window=None if window is None else window[0] + 1,
+        moe=_moe(args, args["num_layers"], ffn),
+        mla=_mla(args),
+        mtp_layers=args.get("mtp_num_layers") or 0,
         attention_dropout=args.get("attention_dropout") or 0.0,
         hidden_dropout=args.get("hidden_dropout") or 0.0,
     )
@@ -179,7 +283,18 @@ def _rope(args: Args) -> Rope | None:
             "this position embedding is not converted", where="args", expected="rope or learned_absolute", found=kind
         )
     scaling = None
-    if args.get("use_rope_scaling"):
+    if args.get("multi_latent_attention"):
+        if args.get("rope_type", "yarn") == "yarn" and args.get("rotary_scaling_factor", 40) != 1:
+            scaling = RopeScaling(
+                "yarn",
+                float(args.get("rotary_scaling_factor", 40)),
+                original_max_positions=args.get("original_max_position_embeddings", 4096),
+                beta_fast=float(args.get("beta_fast", 32)),
+                beta_slow=float(args.get("beta_slow", 1)),
+                mscale=float(args.get("mscale", 1.0)),
+                mscale_all_dim=float(args.get("mscale_all_dim", 0.0)),
+            )
+    elif args.get("use_rope_scaling"):
         scaling = RopeScaling("llama3", float(args.get("rope_scaling_factor") or 8.0))
     elif factor := args.get("rotary_seq_len_interpolation_factor"):
         scaling = RopeScaling("linear", float(factor))
@@ -244,6 +359,8 @@ def launch_flags(
         *_split_flags(mesh),
         f"--norm-epsilon {a.norm_eps}",
         *(["--qk-layernorm"] if a.qk_norm else []),
+        *_moe_flags(a),
+        *_mla_flags(a),
         *([f"--window-size {a.window - 1},0"] if a.window is not None else []),
         *(
             [f"--use-rope-scaling --rope-scaling-factor {scaling.factor}"]
@@ -261,6 +378,33 @@ def launch_flags(
         *({"bfloat16": ["--bf16"], "float16": ["--fp16"]}.get(dtype, [])),
     ]
     return not_read_back if stored_only else read_back + not_read_back
+
+
+def _moe_flags(a: Architecture) -> list[str]:
+    """What --use-checkpoint-args does not read back of experts, and what a launch needs besides."""
+    moe = a.moe
+    if moe is None:
+        return []
+    flags = ["--moe-grouped-gemm", "--moe-router-dtype fp32"]
+    if moe.groups:
+        flags.append(f"--moe-router-num-groups {moe.groups} --moe-router-group-topk {moe.group_top_k}")
+    if moe.shared_gate:
+        flags.append("--moe-shared-expert-gate")
+    if a.mtp_layers:
+        flags.append(f"--mtp-num-layers {a.mtp_layers}")
+    return flags
+
+
+def _mla_flags(a: Architecture) -> list[str]:
+    if a.mla is None:
+        return []
+    names = (
+        "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type",
+        "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+    )  # fmt: skip
+    values = _mla_args(a)
+    shown = [f"--{name.replace('_', '-')} {values[name]}" for name in names if values[name] is not None]
+    return ["--multi-latent-attention", *shown]
 
 
 def _split_flags(mesh: Mesh) -> list[str]:

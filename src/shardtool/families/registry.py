@@ -7,12 +7,25 @@ from dataclasses import replace
 from typing import Any
 
 from shardtool.errors import UsageError
-from shardtool.families import gpt2, llama, mistral, qwen2, qwen3
+from shardtool.families import deepseek_v3, gpt2, llama, mistral, mixtral, qwen2, qwen3, qwen_moe
 from shardtool.families.architecture import Architecture
 from shardtool.families.family import Family
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, gpt2.FAMILY)
+    family.model_type: family
+    for family in (
+        llama.FAMILY,
+        mistral.FAMILY,
+        qwen2.FAMILY,
+        qwen3.FAMILY,
+        gpt2.FAMILY,
+        mixtral.FAMILY,
+        qwen_moe.QWEN2_MOE,
+        qwen_moe.QWEN3_MOE,
+        deepseek_v3.DEEPSEEK_V3,
+        deepseek_v3.GLM4_MOE,
+        deepseek_v3.DOTS1,
+    )
 }
 
 
@@ -39,7 +52,7 @@ def infer_family(a: Architecture, named: str | None = None) -> Family:
     `named` is the family that the checkpoint itself names (hf2megatron stores it); it must be able to express the
     architecture. Otherwise the first of the known families that can.
     """
-    names = [named] if named else ["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+    names = [named] if named else list(FAMILIES)
     reasons = []
     for name in names:
         family = FAMILIES.get(name)
@@ -47,7 +60,7 @@ def infer_family(a: Architecture, named: str | None = None) -> Family:
             raise UsageError(f"the checkpoint names an unknown family {name!r}", expected=", ".join(sorted(FAMILIES)))
         try:
             family.write_config(replace(a, family=name), "float32")
-        except (UsageError, KeyError) as error:
+        except (UsageError, KeyError, AssertionError) as error:
             reasons.append(f"{name}: {'; '.join(getattr(error, 'details', ())) or error}")
         else:
             return family

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from shardtool.families.architecture import Architecture
@@ -34,7 +35,7 @@ def table(**defaults: Any) -> tuple[Field, ...]:
         Field("ffn_size",          "intermediate_size",       default("intermediate_size", 11008)),
         Field("vocab_size",        "vocab_size",              default("vocab_size", 32000)),
         Field("max_positions",     "max_position_embeddings", default("max_position_embeddings", 2048)),
-        Field("norm_eps",          "rms_norm_eps",            1e-6, float),
+        Field("norm_eps",          "rms_norm_eps",            default("rms_norm_eps", 1e-6), float),
         Field("tied",              "tie_word_embeddings",     False, bool),
         Field("activation",        "hidden_act",              "silu", ACTIVATIONS.__getitem__, ACTIVATION_NAMES.__getitem__),
         Field("attention_dropout", "attention_dropout",       0.0, float),
@@ -42,8 +43,10 @@ def table(**defaults: Any) -> tuple[Field, ...]:
     # fmt: on
 
 
-def derived(head_dim: int | None = None, groups: int | None = None) -> Any:
-    """Query groups, head dim and rope: `head_dim` and `groups` are the class's own defaults where config.json has none."""
+def derived(
+    head_dim: int | None = None, groups: int | None = None, theta: float = 10000.0, fraction: float | None = None
+) -> Callable[[Config, dict[str, Any]], dict[str, Any]]:
+    """Query groups, head dim and rope: `head_dim`, `groups` and `theta` are the class's own defaults where config.json has none."""
 
     def derive(config: Config, values: dict[str, Any]) -> dict[str, Any]:
         heads = values["num_heads"]
@@ -52,7 +55,7 @@ def derived(head_dim: int | None = None, groups: int | None = None) -> Any:
         return {
             "num_query_groups": config.get("num_key_value_heads") or absent,
             "head_dim": dim,
-            "rope": read_rope(config),
+            "rope": read_rope(config, theta=theta, fraction=fraction),
         }
 
     return derive

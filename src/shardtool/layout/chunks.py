@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 
 from shardtool.layout.equation import Tensor
 from shardtool.layout.layout import Layout, NameAxis, Piece
-from shardtool.layout.megatron import stacked
-from shardtool.layout.rules import LAYER, Rule
+from shardtool.layout.megatron import dist_name
+from shardtool.layout.rules import EXPERT, LAYER, MTP, Rule
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
+Window = tuple[tuple[int, int], ...]
 
 
 def per_layer_keys(names: Iterable[str]) -> bool:
@@ -20,62 +22,86 @@ def per_layer_keys(names: Iterable[str]) -> bool:
 
 
 def chunked_layout(
-    rules: tuple[Rule, ...],
-    sizes: Mapping[str, int],
-    padded: int,
-    tensors: Mapping[str, Iterable[Box]],
+    rules: tuple[Rule, ...], sizes: Mapping[str, int], padded: int, tensors: Mapping[str, Iterable[Box]]
 ) -> Layout:
     """Where components live in the chunks of `tensors` (name -> boxes of the global tensor).
 
-    A rule whose tensor is absent gets a piece for the whole tensor, so that the accounting names it.
+    A tensor that is there under several of its keys is a replica under all but the first. One that is absent gets
+    pieces for the whole tensor, so that the accounting names it.
     """
-    by_layer = per_layer_keys(tensors)
+    stacked = not per_layer_keys(tensors)
     stored = {**sizes, "v": padded}
     pieces: list[Piece] = []
     for number, rule in enumerate(rules):
-        if not rule.per_layer:
-            pieces += _whole(number, rule, rule.megatron, tensors, stored)
-        elif by_layer:
-            for layer in range(sizes[LAYER]):
-                names = (NameAxis(LAYER, (layer,)),)
-                name = rule.megatron.replace("{l}", str(layer))
-                pieces += _whole(number, rule, name, tensors, stored, names)
-        else:
-            pieces += _stacked(number, rule, stacked(rule.megatron), tensors, stored)
-    kind = "per-layer keys" if by_layer else "stacked layers"
+        for instance in _instances(rule, stored, stacked):
+            keys = [_name(key, instance, stacked) for key in (rule.megatron, *rule.dist_aliases)]
+            present = [name for name in keys if name in tensors] or keys[:1]
+            for name in present:
+                pieces += _tensor(number, rule, name, instance, tensors.get(name), stored, name != present[0])
+    kind = "stacked layers" if stacked else "per-layer keys"
     return Layout(rules, 1, sizes, tuple(pieces), {"v": padded}, f"Megatron torch_dist, {kind}")
 
 
-def _whole(
+def _instances(rule: Rule, sizes: Mapping[str, int], stacked: bool) -> Iterator[tuple[NameAxis, ...]]:
+    """The name axes of each global tensor of a rule: none, one layer, or one MTP layer."""
+    if rule.per_mtp:
+        yield from ((NameAxis(MTP, (layer,)),) for layer in range(sizes[MTP]))
+    elif rule.per_layer and not stacked:
+        yield from ((NameAxis(LAYER, (layer,)),) for layer in rule.ids(sizes[LAYER]))
+    else:
+        yield ()
+
+
+def _name(key: str, instance: tuple[NameAxis, ...], stacked: bool) -> str:
+    name = dist_name(key, stacked=stacked)
+    return name.format(**{axis.axis: axis.ids[0] for axis in instance})
+
+
+def _tensor(
     number: int,
     rule: Rule,
     name: str,
-    tensors: Mapping[str, Iterable[Box]],
+    instance: tuple[NameAxis, ...],
+    boxes: Iterable[Box] | None,
     sizes: Mapping[str, int],
-    names: tuple[NameAxis, ...] = (),
-) -> Iterable[Piece]:
-    boxes = tensors.get(name) or [((0,) * len(rule.target.dims), rule.target.shape(sizes))]
+    replica: bool,
+) -> Iterator[Piece]:
+    """The pieces of one global tensor: its leading dims are layers (stacked) and experts.
+
+    Chunks of one layer and one expert each become pieces with these as name axes; others keep them as dims.
+    """
+    leading: tuple[str, ...] = (LAYER,) if rule.per_layer and not instance else ()
+    leading += (EXPERT,) if rule.per_expert else ()
+    shape = rule.target.shape(sizes)
+    if boxes is None:
+        heads = product(*(rule.ids(sizes[LAYER]) if axis == LAYER else range(sizes[EXPERT]) for axis in leading))
+        boxes = [((*head, *(0 for _ in shape)), (*(1 for _ in head), *shape)) for head in heads]
+    single: dict[Window, list[tuple[int, ...]]] = defaultdict(list)
+    count = len(leading)
     for offsets, extents in boxes:
         window = tuple((low, low + size) for low, size in zip(offsets, extents, strict=True))
-        yield Piece(number, 0, rule.target, name, names=names, window=window, part=tuple(offsets))
-
-
-def _stacked(
-    number: int, rule: Rule, name: str, tensors: Mapping[str, Iterable[Box]], sizes: Mapping[str, int]
-) -> Iterable[Piece]:
-    """Chunks of one layer each become pieces with the layer as a name axis; others keep the layers as a dim."""
-    shape = rule.target.shape(sizes)
-    single: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
-    for offsets, extents in tensors.get(name) or [
-        ((layer, *(0 for _ in shape)), (1, *shape)) for layer in range(sizes[LAYER])
-    ]:
-        window = tuple((low, low + size) for low, size in zip(offsets, extents, strict=True))
-        if extents[0] == 1:
-            single[window[1:]].append(offsets[0])
+        if all(size == 1 for size in extents[:count]):
+            single[window[count:]].append(offsets[:count])
         else:
-            dims = Tensor(((LAYER,), *rule.target.dims))
-            yield Piece(number, 0, dims, name, window=window, part=tuple(offsets))
-    for window, layers in single.items():
-        part: tuple[int | str, ...] = (LAYER, *(low for low, _ in window))
-        names = (NameAxis(LAYER, tuple(sorted(layers))),)
-        yield Piece(number, 0, rule.target, name, names=names, window=window, part=part)
+            dims = Tensor((*((axis,) for axis in leading), *rule.target.dims))
+            yield Piece(number, 0, dims, name, "", instance, (), window, tuple(offsets), replica)
+    for window, found in single.items():
+        for ids in _grids(found):
+            axes = tuple(NameAxis(axis, values) for axis, values in zip(leading, ids, strict=True))
+            part: tuple[int | str, ...] = (*leading, *(low for low, _ in window))
+            yield Piece(number, 0, rule.target, name, "", (*instance, *axes), (), window, part, replica)
+
+
+def _grids(heads: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """Index tuples as products of index lists: all layers with the same experts together."""
+    if not heads or len(heads[0]) < 2:
+        yield tuple(tuple(sorted(head[at] for head in heads)) for at in range(len(heads[0])))
+        return
+    by_first: dict[int, list[int]] = defaultdict(list)
+    for first, second in heads:
+        by_first[first].append(second)
+    by_seconds: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for first, seconds in by_first.items():
+        by_seconds[tuple(sorted(seconds))].append(first)
+    for held, firsts in by_seconds.items():
+        yield tuple(sorted(firsts)), held

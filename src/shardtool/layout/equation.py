@@ -3,7 +3,8 @@
     "(g q d) h, (g d) h, (g d) h -> (g (q d + d + d)) h"
 
 A side is a list of tensors, separated by commas. A tensor is a list of dims, separated by blanks. A dim is an axis,
-or a parenthesised product of axes (row-major: the last varies fastest) and parenthesised sums of products.
+or a parenthesised product of axes (row-major: the last varies fastest) and parenthesised sums of products; `1` is one
+element, so that `(f (1 + 1))` alternates two components.
 Every choice of one term per sum is one *component*; components are numbered from left to right, and component k of
 the left side is component k of the right side. Sums and products are affine, so a component is one strided view of
 its tensor: `address = offset + sum(stride[axis] * index[axis])`.
@@ -44,6 +45,10 @@ class Tensor:
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Its shape, given the size of each axis."""
         return tuple(product_size(dim, sizes) for dim in self.dims)
+
+    def without(self, axes: frozenset[str]) -> Tensor:
+        """The tensor without the dims that are one of `axes` alone."""
+        return Tensor(tuple(dim for dim in self.dims if not (len(dim) == 1 and dim[0] in axes)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,7 @@ def parse_tensor(text: str) -> Tensor:
     """One tensor from its text; ValueError when it does not parse."""
     tokens = re.findall(r"[()+]|\w+|\S", text)
     factors, rest = _product(tokens, text)
-    if rest or any(isinstance(token, str) and not token.isidentifier() for token in tokens if token not in "()+"):
+    if rest or any(isinstance(token, str) and not token.isidentifier() for token in tokens if token not in "()+1"):
         raise ValueError(f"cannot read {text.strip()!r}")
     dims = tuple(
         factor.terms[0] if isinstance(factor, Sum) and len(factor.terms) == 1 else (factor,) for factor in factors
@@ -114,7 +119,7 @@ def _product(tokens: list[str], text: str) -> tuple[Product, list[str]]:
             tokens = tokens[1:]
             factors.append(Sum(tuple(terms)))
         else:
-            factors.append(tokens[0])
+            factors.append(Sum(((),)) if tokens[0] == "1" else tokens[0])
             tokens = tokens[1:]
     return tuple(factors), tokens
 

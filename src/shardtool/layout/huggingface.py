@@ -5,19 +5,36 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from shardtool.layout.layout import Layout, NameAxis, Piece
-from shardtool.layout.rules import LAYER, Rule
+from shardtool.layout.rules import EXPERT, LAYER, MTP, Rule, named_axes
 
 
 def huggingface_layout(
-    rules: tuple[Rule, ...], sizes: Mapping[str, int], present: Collection[str] = frozenset()
+    rules: tuple[Rule, ...], sizes: Mapping[str, int], present: Collection[str] | None = None
 ) -> Layout:
-    """Where components live in a Hugging Face directory; `present` names tell which optional copies are on disk."""
+    """Where components live in a Hugging Face directory.
+
+    With `present` (the names on disk) the optional copies and aliases are those that are there; without, as for
+    writing, all aliases and no copies. Multi-token-prediction layers are numbered on after the last layer.
+    """
     pieces = []
     for number, rule in enumerate(rules):
-        names = (NameAxis(LAYER, tuple(range(sizes[LAYER]))),) if rule.per_layer else ()
         for tensor, name in enumerate(rule.hf):
-            pieces.append(Piece(number, tensor, rule.equation.left[tensor], name, names=names))
-        pieces += [
-            Piece(number, 0, rule.equation.left[0], copy, replica=True) for copy in rule.copies if copy in present
-        ]
+            dims = rule.equation.left[tensor].without(named_axes(name))
+            pieces.append(Piece(number, tensor, dims, name, names=_names(rule, name, sizes)))
+        for copy in (*rule.aliases, *rule.copies):
+            piece = Piece(number, 0, rule.equation.left[0], copy, names=_names(rule, copy, sizes), replica=True)
+            wanted = (
+                copy in rule.aliases if present is None else any(piece.key(ids)[1] in present for ids in piece.ids())
+            )
+            if wanted:
+                pieces.append(piece)
     return Layout(rules, 0, sizes, tuple(pieces), description="Hugging Face")
+
+
+def _names(rule: Rule, name: str, sizes: Mapping[str, int]) -> tuple[NameAxis, ...]:
+    axes = {
+        LAYER: NameAxis(LAYER, rule.ids(sizes[LAYER])),
+        EXPERT: NameAxis(EXPERT, tuple(range(sizes.get(EXPERT, 0)))),
+        MTP: NameAxis(MTP, tuple(range(sizes.get(MTP, 0))), -sizes[LAYER]),
+    }
+    return tuple(axis for letter, axis in axes.items() if letter in named_axes(name))

@@ -6,33 +6,59 @@ transformer/attention.py, transformer/mlp.py `apply_swiglu_sharded_factory`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import lcm
 
 from shardtool.errors import UsageError
 from shardtool.layout.equation import Product, Sum, Tensor, product_size
 from shardtool.layout.layout import Layout, NameAxis, Piece
 from shardtool.layout.mesh import Chunk, Mesh
-from shardtool.layout.rules import LAYER, Rule
+from shardtool.layout.rules import EXPERT, LAYER, MTP, Rule
 
 LAYER_PREFIX = "decoder.layers.{l}."
 STACKED_PREFIX = "decoder.layers."
+EXPERTS = "mlp.experts."
+EMBEDDING = "embedding.word_embeddings.weight"
+MTP_INNER = ".transformer_layer."  # how rules spell the layer inside a multi-token-prediction layer
 
 # Transformer Engine fuses a norm into the linear after it; the local spec keeps it as a module of its own.
 LOCAL_NAMES = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "self_attention.linear_qkv.layer_norm_bias": "input_layernorm.bias",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_bias": "pre_mlp_layernorm.bias",
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
+    "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 
 
-def spelled(key: str, spec: str) -> str:
-    """A rule's Megatron key in per-rank files of the `te` or the `local` spec."""
-    if spec == "local" and key.startswith(LAYER_PREFIX):
-        rest = key.removeprefix(LAYER_PREFIX)
-        return LAYER_PREFIX + LOCAL_NAMES.get(rest, rest)
-    return key
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """How per-rank files name what the rules name.
+
+    `spec` is `te` or `local`; `experts` is `grouped` (`linear_fc1.weight3`), `sequential` (`local_experts.3.`), or, in
+    files that are only read, `single` (one tensor of all local experts, 0.19) and `transposed` (`weight1`, `weight2`, to
+    0.16); `mtp` is the name of the layer inside an MTP layer (`transformer_layer` to 0.16, `mtp_model_layer` from 0.17).
+    """
+
+    spec: str = "te"
+    experts: str = "grouped"
+    mtp: str = "mtp_model_layer"
+
+    def key(self, key: str) -> str:
+        """A rule's Megatron key in per-rank files."""
+        if self.spec == "local":
+            for fused, alone in LOCAL_NAMES.items():
+                key = key.replace(fused, alone)
+        if "{e}" in key:
+            if self.experts == "sequential":
+                key = re.sub(r"experts\.(\w+)\.(\w+)\{e\}", r"experts.local_experts.{e}.\1.\2", key)
+            elif self.experts == "single":
+                key = key.replace("{e}", "")
+            elif self.experts == "transposed":
+                key = key.replace("linear_fc1.weight{e}", "weight1").replace("linear_fc2.weight{e}", "weight2")
+        return key.replace(MTP_INNER, f".{self.mtp}.")
 
 
 def on_first(rule: Rule) -> bool:
@@ -40,20 +66,54 @@ def on_first(rule: Rule) -> bool:
     return rule.megatron.startswith("embedding.")
 
 
-def tp_cuts(rule: Rule, tp: int, sizes: Mapping[str, int]) -> list[tuple[tuple[str, int, int] | None, int | None]]:
+def rank_grid(mesh: Mesh) -> dict[tuple[int, int], int]:
+    """The expert tensor parallel rank of each (tp, ep) rank that exists in a pipeline stage.
+
+    Ranks count tp fastest in the dense grid, etp then ep in the expert grid (megatron-core 0.16.1 parallel_state.py,
+    order tp-cp-ep-dp-pp). With etp = tp that is every combination. Raises UsageError where two expert shards would
+    share a (tp, ep) rank, which per-rank file names cannot tell apart.
+    """
+    if mesh.expert_tp == mesh.tp:
+        return {(tp, ep): tp for ep in range(mesh.ep) for tp in range(mesh.tp)}
+    grid: dict[tuple[int, int], int] = {}
+    for rank in range(lcm(mesh.tp, mesh.expert_tp * mesh.ep)):
+        place, etp = (rank % mesh.tp, rank // mesh.expert_tp % mesh.ep), rank % mesh.expert_tp
+        if grid.setdefault(place, etp) != etp:
+            raise UsageError(
+                f"per-rank files cannot hold etp {mesh.expert_tp} with tp {mesh.tp} and ep {mesh.ep}",
+                expected="one expert shard per (tp, ep) rank, which is all that a file name tells",
+                found=f"expert shards {grid[place]} and {etp} on tp {place[0]}, ep {place[1]}",
+                hint="use --format torch_dist",
+            )
+    return grid
+
+
+def expert_block(sizes: Mapping[str, int], mesh: Mesh, ep: int) -> tuple[int, ...]:
+    """The global ids of an expert parallel rank's experts: contiguous blocks; UsageError where they do not divide."""
+    count = sizes[EXPERT]
+    if count % mesh.ep:
+        raise UsageError(f"ep {mesh.ep} does not divide {count} experts", hint="choose another --ep")
+    each = count // mesh.ep
+    return tuple(range(ep * each, (ep + 1) * each))
+
+
+def tp_cuts(
+    rule: Rule, tp: int, sizes: Mapping[str, int], spec: str = "te"
+) -> list[tuple[tuple[str, int, int] | None, int | None]]:
     """What each tp rank holds: (range of the sharded axis, None), or (None, the dim that is cut into equal windows).
 
     Raises UsageError when neither is possible. More tp ranks than query groups means plain contiguous rows
     (megatron-core 0.16 and newer; transformer_config.py: the one must divide the other).
     """
-    if rule.tp is None or tp == 1:
+    axis = (rule.tp_local or rule.tp) if spec == "local" else rule.tp
+    if axis is None or tp == 1:
         return [(None, None)] * tp
-    size = sizes[rule.tp]
+    size = sizes[axis]
     if size % tp == 0:
         step = size // tp
-        return [((rule.tp, rank * step, (rank + 1) * step), None) for rank in range(tp)]
-    dim = next(index for index, dim in enumerate(rule.target.dims) if rule.tp in _axes(dim))
-    if rule.tp == "g" and tp % size == 0 and product_size(rule.target.dims[dim], sizes) % tp == 0:
+        return [((axis, rank * step, (rank + 1) * step), None) for rank in range(tp)]
+    dim = next(index for index, dim in enumerate(rule.target.dims) if axis in _axes(dim))
+    if axis == "g" and tp % size == 0 and product_size(rule.target.dims[dim], sizes) % tp == 0:
         if sizes["q"] * size % tp == 0:
             return [(None, dim)] * tp
         raise UsageError(
@@ -61,11 +121,18 @@ def tp_cuts(rule: Rule, tp: int, sizes: Mapping[str, int]) -> list[tuple[tuple[s
             where=rule.megatron,
             hint="choose a --tp that divides the number of attention heads",
         )
-    names = {"g": "query groups", "f": "rows of the MLP", "v": "rows of the padded vocabulary"}
+    names = {
+        "g": "query groups",
+        "f": "rows of the MLP",
+        "x": "rows of each expert",
+        "s": "rows of the shared expert",
+        "n": "attention heads",
+        "v": "rows of the padded vocabulary",
+    }
     raise UsageError(
-        f"tp {tp} does not divide {size} {names.get(rule.tp, 'of axis ' + rule.tp)}",
+        f"tp {tp} does not divide {size} {names.get(axis, 'of axis ' + axis)}",
         where=rule.megatron,
-        expected=f"a tp that divides {size}" + (f", or a multiple of {size}" if rule.tp == "g" else ""),
+        expected=f"a tp that divides {size}" + (f", or a multiple of {size}" if axis == "g" else ""),
         found=f"tp {tp}",
         hint="choose another --tp",
     )
@@ -78,91 +145,167 @@ def _axes(product: Product) -> set[str]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Legacy:
+    """What places pieces in per-rank files."""
+
+    sizes: dict[str, int]
+    allocated: dict[str, int]
+    mesh: Mesh
+    spelling: Spelling
+    files: Mapping[tuple[int, int, int], str]
+    grid: Mapping[tuple[int, int], int]
+
+    def dense(self, number: int, rule: Rule, chunk: Chunk, name: str, names: tuple[NameAxis, ...]) -> Iterator[Piece]:
+        """The pieces of a tensor that every expert parallel rank has, tp ranks of it or replicas."""
+        cuts = tp_cuts(rule, self.mesh.tp, self.sizes | self.allocated, self.spelling.spec)
+        placed: set[int] = set()
+        for tp, ep in self.grid:
+            (cut, dim) = cuts[tp]
+            window = None if dim is None else _equal_window(rule, self.sizes | self.allocated, dim, tp, self.mesh.tp)
+            replica = tp in placed or (cut is None and dim is None and bool(placed))
+            placed.add(tp)
+            yield Piece(
+                number, 0, rule.target, name, self.files[tp, chunk.pp, ep], names,
+                (cut,) if cut else (), window, (chunk.vpp,), replica,
+            )  # fmt: skip
+
+    def experts(self, number: int, rule: Rule, chunk: Chunk, name: str, names: tuple[NameAxis, ...]) -> Iterator[Piece]:
+        """The pieces of an expert's tensor: expert blocks over ep, shards over etp."""
+        cuts = tp_cuts(rule, self.mesh.expert_tp, self.sizes | self.allocated, self.spelling.spec)
+        placed: set[tuple[int, int]] = set()
+        for (tp, ep), etp in self.grid.items():
+            ids = expert_block(self.sizes, self.mesh, ep)
+            cut, replica = cuts[etp][0], (ep, etp) in placed
+            placed.add((ep, etp))
+            ranges = (cut,) if cut else ()
+            dims, axes = rule.target, names
+            if "{e}" in name:
+                axes = (*names, NameAxis(EXPERT, ids, ids[0]))
+            else:  # all local experts in one tensor
+                inner = reversed(rule.target.dims) if self.spelling.experts == "transposed" else rule.target.dims
+                dims = Tensor(((EXPERT,), *inner))
+                ranges = ((EXPERT, ids[0], ids[-1] + 1), *ranges)
+            yield Piece(number, 0, dims, name, self.files[tp, chunk.pp, ep], axes, ranges, None, (chunk.vpp,), replica)
+
+
 def legacy_layout(
     rules: tuple[Rule, ...],
     sizes: Mapping[str, int],
     padded: int,
     model_chunks: Sequence[Chunk],
     mesh: Mesh,
-    spec: str,
-    files: Mapping[tuple[int, int], str],
+    spelling: Spelling,
+    files: Mapping[tuple[int, int, int], str],
 ) -> Layout:
-    """Where components live in per-rank files; `files` gives the file of each (tp rank, pipeline stage).
+    """Where components live in per-rank files; `files` gives the file of each (tp rank, pipeline stage, ep rank).
 
-    A key's part is the model chunk (virtual stage) inside the file.
+    A key's part is the model chunk (virtual stage) inside the file. Raises UsageError where a size does not divide.
     """
-    allocated = {"v": padded}
+    experts = any(rule.per_expert for rule in rules)
+    grid = rank_grid(mesh) if experts else {(tp, ep): tp for ep in range(mesh.ep) for tp in range(mesh.tp)}
+    placing = _Legacy(dict(sizes), {"v": padded}, mesh, spelling, files, grid)
     first, last = model_chunks[0], model_chunks[-1]
+    mtp = next((chunk for chunk in model_chunks if chunk.mtp), last)
     pieces: list[Piece] = []
-
-    def place(number: int, chunk: Chunk, name: str, names: tuple[NameAxis, ...], replica: bool) -> None:
-        rule = rules[number]
-        stored = {**sizes, **allocated}
-        for rank, (cut, dim) in enumerate(tp_cuts(rule, mesh.tp, stored)):
-            window = None
-            if dim is not None:
-                shape = list(rule.target.shape(stored))
-                step = shape[dim] // mesh.tp
-                window = tuple((rank * step, (rank + 1) * step) if at == dim else (0, n) for at, n in enumerate(shape))
-            pieces.append(
-                Piece(
-                    number, 0, rule.target, name, files[rank, chunk.pp], names,
-                    (cut,) if cut else (), window, (chunk.vpp,), replica or (rule.tp is None and rank > 0),
-                )
-            )  # fmt: skip
-
     for number, rule in enumerate(rules):
-        name = spelled(rule.megatron, spec)
-        if rule.per_layer:
+        name = spelling.key(rule.megatron)
+        place = placing.experts if rule.per_expert else placing.dense
+        if rule.per_mtp:
+            pieces += place(number, rule, mtp, name, (NameAxis(MTP, tuple(range(sizes[MTP]))),))
+        elif rule.per_layer:
             for chunk in model_chunks:
-                if chunk.layers:
-                    place(number, chunk, name, (NameAxis(LAYER, chunk.layers, chunk.layers[0]),), False)
+                held = tuple(layer for layer in chunk.layers if layer in set(rule.ids(sizes[LAYER])))
+                if held:
+                    pieces += place(number, rule, chunk, name, (NameAxis(LAYER, held, chunk.layers[0]),))
         else:
-            place(number, first if on_first(rule) else last, name, (), False)
-            if rule.tied_copy and mesh.pp > 1:
-                place(number, last, rule.tied_copy, (), True)
-    return Layout(rules, 1, sizes, tuple(pieces), allocated, f"Megatron torch, tp {mesh.tp} pp {mesh.pp}")
+            pieces += place(number, rule, first if on_first(rule) else last, name, ())
+            copies = [(last, rule.tied_copy)] if rule.tied_copy and mesh.pp > 1 else []
+            if rule.megatron == EMBEDDING and sizes.get(MTP) and mtp.pp > 0:
+                copies.append((mtp, EMBEDDING))  # multi-token prediction embeds its tokens where it runs
+            for chunk, copy in copies:
+                pieces += [replace(piece, replica=True) for piece in place(number, rule, chunk, copy, ())]
+    what = f"Megatron torch, tp {mesh.tp} pp {mesh.pp}" + (f" ep {mesh.ep} etp {mesh.expert_tp}" if experts else "")
+    return Layout(rules, 1, sizes, tuple(pieces), {"v": padded}, what)
+
+
+def _equal_window(rule: Rule, sizes: Mapping[str, int], dim: int, rank: int, count: int) -> tuple[tuple[int, int], ...]:
+    shape = rule.target.shape(sizes)
+    step = shape[dim] // count
+    return tuple((rank * step, (rank + 1) * step) if at == dim else (0, size) for at, size in enumerate(shape))
 
 
 def dist_layout(
-    rules: tuple[Rule, ...], sizes: Mapping[str, int], padded: int, model_chunks: Sequence[Chunk], mesh: Mesh
+    rules: tuple[Rule, ...],
+    sizes: Mapping[str, int],
+    padded: int,
+    model_chunks: Sequence[Chunk],
+    mesh: Mesh,
+    *,
+    stacked: bool = True,
 ) -> Layout:
     """Where components live in a torch_dist checkpoint that ranks of this mesh would write.
 
-    Layers are stacked in a leading dim, one chunk per layer and tp shard; a piece's file is its rank's,
-    `__{rank}_0.distcp`.
+    One chunk per layer, expert and tp shard, in the file of its rank, `__{rank}_0.distcp`. With `stacked` layers are a
+    leading dim (megatron-core's homogeneous layout), else each layer has its own key; experts are always stacked.
     """
-    allocated = {"v": padded}
-    stored = {**sizes, **allocated}
+    stored = {**sizes, "v": padded}
     first, last = model_chunks[0], model_chunks[-1]
+    mtp = next((chunk for chunk in model_chunks if chunk.mtp), last)
     pieces: list[Piece] = []
     for number, rule in enumerate(rules):
-        shape = rule.target.shape(stored)
-        homes = model_chunks if rule.per_layer else [first if on_first(rule) else last]
-        for chunk in homes:
-            if rule.per_layer and not chunk.layers:
+        if rule.per_mtp:
+            homes: list[tuple[Chunk, tuple[NameAxis, ...]]] = [(mtp, (NameAxis(MTP, tuple(range(sizes[MTP]))),))]
+        elif rule.per_layer:
+            held = set(rule.ids(sizes[LAYER]))
+            in_chunks = [(chunk, tuple(layer for layer in chunk.layers if layer in held)) for chunk in model_chunks]
+            homes = [(chunk, (NameAxis(LAYER, ids),)) for chunk, ids in in_chunks if ids]
+        else:
+            homes = [(first if on_first(rule) else last, ())]
+        for chunk, names in homes:
+            pieces += _dist_pieces(number, rule, chunk, names, mesh, stored, stacked)
+    return Layout(rules, 1, sizes, tuple(pieces), {"v": padded}, f"Megatron torch_dist, tp {mesh.tp} pp {mesh.pp}")
+
+
+def _dist_pieces(
+    number: int,
+    rule: Rule,
+    chunk: Chunk,
+    names: tuple[NameAxis, ...],
+    mesh: Mesh,
+    stored: dict[str, int],
+    stacked: bool,
+) -> Iterator[Piece]:
+    """The chunks of one rule's tensors in one model chunk, and the same under the rule's other keys."""
+    shape = rule.target.shape(stored)
+    blocks = range(mesh.ep) if rule.per_expert else range(1)
+    width = mesh.expert_tp if rule.per_expert else mesh.tp
+    in_stack: tuple[str, ...] = (LAYER,) if rule.per_layer and stacked else ()
+    for ep in blocks:
+        axes, leading = names, in_stack
+        if rule.per_expert:
+            axes = (*names, NameAxis(EXPERT, expert_block(stored, mesh, ep)))
+            leading = (*in_stack, EXPERT)
+        for rank, (cut, dim) in enumerate(tp_cuts(rule, width, stored)):
+            if cut is None and dim is None and rank > 0:
                 continue
-            names = (NameAxis(LAYER, chunk.layers),) if rule.per_layer else ()
-            for rank, (cut, dim) in enumerate(tp_cuts(rule, mesh.tp, stored)):
-                if rule.tp is None and rank > 0:
-                    continue
-                file = f"__{chunk.pp * mesh.tp + rank}_0.distcp"
-                if dim is not None:
-                    step = shape[dim] // mesh.tp
-                    cuts = [(dim, rank * step, (rank + 1) * step)]
-                else:
-                    cuts = list(_windows(rule.target, cut, stored)) if cut else []
-                for window in _whole_windows(shape, cuts):
-                    origin: tuple[int | str, ...] = tuple(low for low, _ in window)
-                    part = (LAYER, *origin) if rule.per_layer else origin
-                    name = stacked(rule.megatron)
-                    pieces.append(Piece(number, 0, rule.target, name, file, names, (), window, part))
-    return Layout(rules, 1, sizes, tuple(pieces), allocated, f"Megatron torch_dist, tp {mesh.tp} pp {mesh.pp}")
+            # any rank that holds it may write it: the first of the stage with these expert and tp ranks
+            file = f"__{chunk.pp * mesh.tp * mesh.ep + ep * mesh.tp + rank % mesh.tp}_0.distcp"
+            if dim is not None:
+                windows = [_equal_window(rule, stored, dim, rank, width)]
+            else:
+                windows = _whole_windows(shape, _windows(rule.target, cut, stored) if cut else [])
+            for window in windows:
+                part: tuple[int | str, ...] = (*leading, *(low for low, _ in window))
+                for key in (rule.megatron, *rule.dist_aliases):
+                    name = dist_name(key, stacked=stacked)
+                    yield Piece(number, 0, rule.target, name, file, axes, (), window, part, key != rule.megatron)
 
 
-def stacked(key: str) -> str:
-    """A rule's key in the homogeneous torch_dist layout, where layers are a leading dim."""
-    return key.replace(LAYER_PREFIX, STACKED_PREFIX)
+def dist_name(key: str, *, stacked: bool) -> str:
+    """A rule's key in torch_dist: experts doubled and without their number, layers without theirs where stacked."""
+    key = key.replace(EXPERTS, "mlp.experts.experts.").replace("{e}", "") if "{e}" in key else key
+    return key.replace(LAYER_PREFIX, STACKED_PREFIX) if stacked else key
 
 
 def _whole_windows(shape: tuple[int, ...], cuts: Iterable[tuple[int, int, int]]) -> list[tuple[tuple[int, int], ...]]:

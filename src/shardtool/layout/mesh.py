@@ -93,6 +93,11 @@ def _counts(mesh: Mesh, num_layers: int) -> list[int]:
         ends[mesh.pp - 1] = mesh.last_stage_layers
     if any(count < 1 for count in ends.values()):
         raise UsageError("a first or last stage layer count must be at least 1", found=str(min(ends.values())))
+    if len(ends) == mesh.pp and mesh.vpp > 1:
+        raise UsageError(
+            "megatron-core cannot number the layers of two pipeline stages with both counts given and virtual stages",
+            hint="leave out --last-stage-layers: it follows from the first",
+        )
     rest, stages = num_layers + accounted - sum(ends.values()), mesh.pp - len(ends)
     # beside given ends there are middle stages with layers, or neither (megatron-core refuses the rest)
     if (stages and rest % stages) or rest < 0 or (ends and bool(rest) != bool(stages)):

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from shardtool.layout.equation import Equation, Tensor, parse
 
-LAYER = "l"  # the axis of layers; rules with {l} in their names have one instance per layer
+LAYER, EXPERT, MTP = "l", "e", "m"  # the axes that stand in names: layers, experts, multi-token-prediction layers
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`hf` tensors -> one `megatron` tensor, by an equation; `{l}` in the names is the layer.
+    """`hf` tensors -> one `megatron` tensor, by an equation; `{l}`, `{e}`, `{m}` in the names are the name axes.
 
-    `megatron` is the key that both formats use with Transformer Engine's spelling; the layout spells it for its format.
-    `tp` names the axis that tensor parallelism shards; None means replicated.
-    `copies` are other Hugging Face names under which the first tensor may also be on disk (a tied head).
+    `megatron` is the key of per-rank files in Transformer Engine's spelling; the layout spells it for its format.
+    An axis that is in a tensor's name is no dim of that tensor: equations that mention it stand for both forms.
+    `tp` names the axis that tensor parallelism shards (expert tensor parallelism for experts); None means replicated;
+    `tp_local` is the same for the local spec where it differs. `layers` are the layers that have it (None: all).
+    `copies` are other Hugging Face names under which the first tensor may also be on disk (a tied head); `aliases`
+    are names under which it always is. `dist_aliases` are other torch_dist keys of the same tensor, both written and read.
     `tied_copy` is the key of the copy that the last pipeline stage keeps in per-rank files (tied embeddings).
+    `keep_dtype` exempts it from casts.
     """
 
     hf: tuple[str, ...]
@@ -26,6 +31,11 @@ class Rule:
     tp: str | None = None
     copies: tuple[str, ...] = ()
     tied_copy: str | None = None
+    tp_local: str | None = None
+    layers: tuple[int, ...] | None = None
+    aliases: tuple[str, ...] = ()
+    dist_aliases: tuple[str, ...] = ()
+    keep_dtype: bool = False
 
     @property
     def per_layer(self) -> bool:
@@ -33,25 +43,39 @@ class Rule:
         return "{l}" in self.megatron
 
     @property
+    def per_expert(self) -> bool:
+        """Whether there is one instance per expert."""
+        return "{e}" in self.megatron
+
+    @property
+    def per_mtp(self) -> bool:
+        """Whether it belongs to the multi-token-prediction layers."""
+        return "{m}" in self.megatron
+
+    @property
     def target(self) -> Tensor:
-        """The Megatron side's tensor."""
-        return self.equation.right[0]
+        """The Megatron side's tensor, without the axes in its name."""
+        return self.equation.right[0].without(frozenset(NAME_AXES & named_axes(self.megatron)))
+
+    def ids(self, num_layers: int) -> tuple[int, ...]:
+        """The layers that have it."""
+        return tuple(range(num_layers)) if self.layers is None else self.layers
 
 
-def rule(
-    hf: str | Iterable[str],
-    equation: str,
-    megatron: str,
-    tp: str | None = None,
-    *,
-    copies: tuple[str, ...] = (),
-    tied_copy: str | None = None,
-) -> Rule:
-    """A rule from its texts; ValueError where names and equation do not match."""
+NAME_AXES = frozenset({LAYER, EXPERT, MTP})
+
+
+def named_axes(name: str) -> frozenset[str]:
+    """The axes in a name."""
+    return frozenset(axis for axis in NAME_AXES if "{" + axis + "}" in name)
+
+
+def rule(hf: str | Iterable[str], equation: str, megatron: str, tp: str | None = None, **options: Any) -> Rule:
+    """A rule from its texts; ValueError where names and equation do not match. `options` are the other fields of Rule."""
     names = (hf,) if isinstance(hf, str) else tuple(hf)
     parsed = parse(equation)
     if len(parsed.left) != len(names) or len(parsed.right) != 1:
         raise ValueError(f"{len(names)} names for {equation!r}: {names}")
-    if any(("{l}" in name) != ("{l}" in megatron) for name in names):
+    if any((named_axes(name) ^ named_axes(megatron)) - {EXPERT} for name in names):
         raise ValueError(f"a layer in the name on one side only: {names}, {megatron}")
-    return Rule(names, parsed, megatron, tp, copies, tied_copy)
+    return Rule(names, parsed, megatron, tp, **options)

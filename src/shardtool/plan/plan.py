@@ -322,7 +322,10 @@ def _common_ids(
     if axis in src_ids and axis in dst_ids:
         ours, theirs = src_ids[axis], dst_ids[axis]
         return theirs if ours == theirs else tuple(sorted(set(ours) & set(theirs)))
-    ids, (low, high) = (src_ids[axis], dst_box[axis]) if axis in src_ids else (dst_ids[axis], src_box[axis])
+    ids, box = (src_ids[axis], dst_box) if axis in src_ids else (dst_ids[axis], src_box)
+    if axis not in box:  # one tensor on one side, a name for each id on the other: copies of it
+        return ids
+    low, high = box[axis]
     return tuple(index for index in ids if low <= index < high)
 
 

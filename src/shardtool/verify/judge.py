@@ -85,7 +85,7 @@ def _architecture(side: HuggingFace | Megatron) -> Architecture:
 def _accounting(a: HuggingFace | Megatron, b: HuggingFace | Megatron) -> tuple[Level, tuple[Opened, Opened] | None]:
     """Is every element of the one in the other, and do the configs describe the same function?"""
     ours, theirs = _architecture(a), _architecture(b)
-    ignore = {"family", *TRAINING_ONLY}
+    ignore = {"family", "mtp_layers", *TRAINING_ONLY}
     if ours.rope is not None and not (isinstance(a, HuggingFace) and isinstance(b, HuggingFace)):
         ignore.add("max_positions")
     if any(isinstance(side, Megatron) and not side.args.get("vocab_size") for side in (a, b)):
