@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from shardtool.checkpoint.huggingface import (
-    HuggingFace, config_bytes, copy_companions, huggingface_target, open_huggingface, read_config,
+    HuggingFace,
+    config_bytes,
+    copy_companions,
+    huggingface_target,
+    open_huggingface,
+    read_config,
 )  # fmt: skip
 from shardtool.checkpoint.megatron import Megatron, read_megatron
 from shardtool.checkpoint.megatron_target import dist_target, legacy_target, rank_files

@@ -27,6 +27,12 @@ IGNORED = (r"(decoder\.)?rotary_pos_emb\.inv_freq", r".*\._extra_state.*")
 # beside the model in torch_dist; the model's own state only is converted
 NOT_MODEL = re.compile(r"(optimizer|chained_\d+|rng_state|rerun_state_machine_state|opt_param_scheduler)([./].*)?")
 
+# entries of args that are sizes, where they are there
+SIZES = (
+    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
+    "vocab_size", "max_position_embeddings", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Megatron:
@@ -203,6 +209,18 @@ def _args(args: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
     if args is None:
         raise CheckpointError(
             "the checkpoint has no args, so nothing says what model it is", where=where, expected="args"
+        )
+    for name in SIZES:
+        value = args.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise CheckpointError(
+                "the checkpoint's args are damaged", where=f"{where}: {name}", expected="a positive integer",
+                found=repr(value),
+            )  # fmt: skip
+    heads, groups = args.get("num_attention_heads"), args.get("num_query_groups")
+    if heads and groups and args.get("group_query_attention", True) and heads % groups:
+        raise CheckpointError(
+            f"{heads} attention heads do not divide into {groups} query groups", where=f"{where}: num_query_groups"
         )
     return args
 

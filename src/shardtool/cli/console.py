@@ -67,7 +67,12 @@ def progress(total: int, what: str) -> Iterator[Callable[[int, str], None]]:
 def _bar(total: int, what: str) -> Iterator[Callable[[int, str], None]]:
     from rich.console import Console  # noqa: PLC0415 - rich is needed only for a bar on a terminal
     from rich.progress import (  # noqa: PLC0415
-        BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn,
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
     )  # fmt: skip
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any

@@ -150,7 +150,10 @@ def bytes_of(text: str, option: str) -> int:
     if not match:
         raise UsageError(f"{option} is no size", expected="a size such as 512MiB or 5GB", found=text)
     power = " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if size < 1:
+        raise UsageError(f"{option} must be at least one byte", found=text)
+    return size
 
 
 def workers(jobs: int, budget: str) -> int:

@@ -217,7 +217,7 @@ def assemble(
 
 
 def _overlap(move: Move, low: int, high: int) -> int:
-    """The elements of a dense copy in a range; 0 where the copy is strided in the target (then padding is laid first)."""
+    """The elements of a dense copy in a range; 0 where it is strided in the target (then padding is laid first)."""
     span = 1 + sum((n - 1) * s for n, s in zip(move.shape, move.dst_strides, strict=True))
     if span != prod(move.shape):
         return 0

@@ -13,7 +13,7 @@ from shardtool.errors import UsageError
 
 
 def check_destination(src: Path, dst: Path, *, overwrite: bool) -> None:
-    """Raises UsageError when DST exists (without --overwrite), is inside SRC or contains it, or has no parent to be made in."""
+    """Raises UsageError when DST is inside SRC or contains it, or exists (without --overwrite, or as no directory)."""
     source, target = src.resolve(), dst.resolve()
     if target == source or target.is_relative_to(source) or source.is_relative_to(target):
         raise UsageError(

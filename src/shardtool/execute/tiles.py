@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from shardtool.errors import CheckpointError
+from shardtool.formats.stored import ITEMSIZE
 from shardtool.layout.equation import nested_boxes
 
 TILE_BYTES = 1 << 20  # larger buffers leave the cache and are slower
@@ -19,7 +20,7 @@ SPAN_FACTOR = 4  # read up to this many times the wanted bytes at once rather th
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A strided copy with its source found: elements of `dtype` in `file`, from byte `start`. Offsets count elements."""
+    """A strided copy with its source found: elements of `dtype` in `file` from byte `start`. Offsets count elements."""
 
     file: str
     start: int
@@ -34,14 +35,12 @@ class Move:
 def numpy_dtype(name: str, *, values: bool) -> Any:
     """The numpy dtype of a torch dtype name. Without `values` only the width matters, and no extension is imported."""
     if not values:
-        from shardtool.formats.stored import ITEMSIZE
-
         return np.dtype(f"u{ITEMSIZE[name]}")
     if hasattr(np, name) and name != "bool":
         return np.dtype(name)
     if name == "bool":
         return np.dtype(bool)
-    import ml_dtypes
+    import ml_dtypes  # noqa: PLC0415 - only casts need it
 
     return np.dtype(getattr(ml_dtypes, name))
 

@@ -99,6 +99,7 @@ class Architecture:
     hidden_dropout: float = 0.0
     moe: MixtureOfExperts | None = None
     mla: LatentAttention | None = None
+    no_rope_layers: tuple[int, ...] = ()  # layers whose attention has no position embedding
     mtp_layers: int = 0  # multi-token-prediction layers after the last layer
 
     @property

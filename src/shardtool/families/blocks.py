@@ -28,6 +28,8 @@ DOWN     = "h f -> h f"
 HIDDEN   = "h -> h"
 HEAD     = "d -> d"
 VOCAB    = "v h -> v h"
+STACKED_QKV = "(g q d + g d + g d) h -> (g (q d + d + d)) h"
+STACKED_GLU = "(f + f) h -> (f + f) h"
 
 EMBEDDING  = "embedding.word_embeddings.weight"
 POSITIONS  = "embedding.position_embeddings.weight"

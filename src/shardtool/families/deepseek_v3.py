@@ -11,7 +11,8 @@ from typing import Any
 from shardtool.families import standard_config as standard
 from shardtool.families.architecture import Architecture, LatentAttention, MixtureOfExperts
 from shardtool.families.blocks import standard as rules
-from shardtool.families.family import Config, Family, read_rope, rope_refusal, write_rope
+from shardtool.families.family import Config, Family
+from shardtool.families.rope import read_rope, rope_refusal, write_rope
 
 
 def _moe(config: Config, values: dict[str, Any], defaults: Config) -> MixtureOfExperts:
@@ -111,7 +112,7 @@ def _refuse_v3(config: Config) -> str | None:
     return _refuse_routing(config) or rope_refusal(config, latent=True)
 
 
-def _eps(a: Architecture) -> tuple[str, ...]:
+def latent_eps(a: Architecture) -> tuple[str, ...]:
     """transformers fixes the eps of the latent norms to 1e-6; megatron-core has one eps for all norms."""
     if a.norm_eps == 1e-6:
         return ()
@@ -133,7 +134,7 @@ DEEPSEEK_V3 = Family(
     extra=lambda a: latent_keys(a) | _moe_keys(a) | {"rope_interleave": True},
     refuse=_refuse_v3,
     ignored=(*standard.ROTARY_BUFFERS, r"model\.layers\.\d+\.self_attn\.rotary_emb\..*"),
-    caveats=_eps,
+    caveats=latent_eps,
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from shardtool.errors import UsageError
-from shardtool.families.architecture import Architecture, Rope, RopeScaling
+from shardtool.families.architecture import Architecture
 from shardtool.layout.rules import Rule
 
 Config = Mapping[str, Any]
@@ -63,12 +63,24 @@ class Family:
             value = config.get(item.key, item.default)
             try:
                 values[item.name] = item.read(item.default if value is None else value)
+                if type(item.default) is int and not (type(values[item.name]) is int and values[item.name] >= 0):
+                    raise ValueError("it is no size")
             except (TypeError, ValueError, KeyError) as error:
                 raise UsageError(
                     f"config.json: {item.key} cannot be read", found=repr(value), where=str(error)
                 ) from error
         values.update(self.fixed)
-        values.update(self.derived(config, values))
+        try:
+            values.update(self.derived(config, values))
+        except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+            raise UsageError(
+                "config.json: its sizes make no model", found=f"{type(error).__name__}: {error}"
+            ) from error
+        heads, groups = values["num_heads"], values["num_query_groups"]
+        if type(groups) is not int or groups < 1 or heads % groups:
+            raise UsageError(
+                f"config.json: {heads} attention heads do not divide into {groups!r} query groups (num_key_value_heads)"
+            )
         a = Architecture(family=self.model_type, **values)
         if reason := _refuse_activation(a):
             raise UsageError(f"this {self.model_type} model cannot be converted: {reason}", where="config.json")
@@ -80,6 +92,8 @@ class Family:
         config.update({item.key: item.write(getattr(a, item.name)) for item in self.table})
         config.update(self.extra(a))
         config["torch_dtype"] = dtype
+        # Megatron does not know special tokens, and the class's own defaults would be wrong ones
+        config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         if differences := self.lost(a, config):
             raise UsageError(f"a {self.model_type} config.json cannot express this model", details=tuple(differences))
         return config
@@ -111,83 +125,4 @@ def _refuse_activation(a: Architecture) -> str | None:
 def _refuse_quantised(config: Config) -> str | None:
     if quantised := config.get("quantization_config"):
         return f"its weights are quantised ({quantised.get('quant_method', 'unknown method')}); dequantise them first"
-    return None
-
-
-def read_rope(config: Config, *, theta: float = 10000.0, latent: bool = False, fraction: float | None = None) -> Rope:
-    """The rotary embedding of a config.json, in either dialect: rope_theta + rope_scaling, or rope_parameters.
-
-    `theta` is what the configuration class takes where none is given; `latent` attention knows yarn;
-    `fraction` is the default share of each head that is rotated, for families where it may be less than all. Raises ValueError for a kind that megatron-core's GPTModel cannot express (0.16.1: rope_scaling=True fixes
-    llama3's constants to 1, 4 and 8192; only the factor is a parameter).
-    """
-    scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or theta)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    part = float(scaling.get("partial_rotary_factor", config.get("partial_rotary_factor") or fraction or 1.0))
-    if part != 1.0 and fraction is None:
-        raise ValueError(f"partial_rotary_factor {part}: this family's attention rotates whole heads")
-    if kind == "default":
-        return Rope(theta, part)
-    if kind == "linear":
-        return Rope(theta, part, scaling=RopeScaling("linear", float(scaling["factor"])))
-    if kind == "llama3":
-        constants = tuple(
-            float(scaling[key]) for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        )
-        if constants != (1.0, 4.0, 8192.0):
-            raise ValueError(
-                f"llama3 rope scaling with constants {constants}: megatron-core fixes them to (1, 4, 8192)"
-            )
-        return Rope(theta, scaling=RopeScaling("llama3", float(scaling["factor"])))
-    if kind == "yarn" and latent:
-        return Rope(theta, scaling=_read_yarn(scaling))
-    raise ValueError(f"rope type {kind!r}: megatron-core's GPTModel has default, linear and llama3")
-
-
-def _read_yarn(scaling: Config) -> RopeScaling:
-    if scaling.get("attention_factor") is not None:
-        raise ValueError("yarn with an attention_factor of its own: megatron-core computes it")
-    mscale_all = float(scaling.get("mscale_all_dim") or 0.0)
-    return RopeScaling(
-        "yarn",
-        float(scaling["factor"]),
-        original_max_positions=int(scaling["original_max_position_embeddings"]),
-        beta_fast=float(scaling.get("beta_fast") or 32),
-        beta_slow=float(scaling.get("beta_slow") or 1),
-        mscale=float(scaling.get("mscale") or 1.0),
-        mscale_all_dim=mscale_all,
-        truncate=bool(scaling.get("truncate", True)),
-    )
-
-
-def write_rope(rope: Rope | None) -> dict[str, Any]:
-    """The keys of config.json for a rotary embedding, in the dialect that transformers 4 and 5 both read."""
-    if rope is None:
-        return {}
-    keys: dict[str, Any] = {"rope_theta": rope.theta}
-    if rope.fraction != 1.0:
-        keys["partial_rotary_factor"] = rope.fraction
-    if rope.scaling is None:
-        return keys | {"rope_scaling": None}
-    scaling: dict[str, Any] = {"rope_type": rope.scaling.kind, "factor": rope.scaling.factor}
-    if rope.scaling.kind == "llama3":
-        scaling |= {
-            "low_freq_factor": rope.scaling.low_freq_factor,
-            "high_freq_factor": rope.scaling.high_freq_factor,
-            "original_max_position_embeddings": rope.scaling.original_max_positions,
-        }
-    if rope.scaling.kind == "yarn":
-        names = {"original_max_position_embeddings": "original_max_positions"}
-        names |= {name: name for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")}
-        scaling |= {key: getattr(rope.scaling, name) for key, name in names.items()}
-    return keys | {"rope_scaling": scaling}
-
-
-def rope_refusal(config: Config, *, latent: bool = False, partial: bool = False) -> str | None:
-    """Why the rotary embedding of a config.json cannot be converted, or None."""
-    try:
-        read_rope(config, latent=latent, fraction=1.0 if partial else None)
-    except (ValueError, KeyError, TypeError) as error:
-        return f"incomplete rope scaling, {error} is missing" if isinstance(error, KeyError) else str(error)
     return None

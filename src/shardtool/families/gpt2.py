@@ -6,7 +6,18 @@ from typing import Any
 
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import (
-    FC1, FC2, FINAL_NORM, HIDDEN, INPUT_NORM, LINEAR_OUT, LINEAR_QKV, MLP_NORM, POSITIONS, Row, embedding, layers,
+    FC1,
+    FC2,
+    FINAL_NORM,
+    HIDDEN,
+    INPUT_NORM,
+    LINEAR_OUT,
+    LINEAR_QKV,
+    MLP_NORM,
+    POSITIONS,
+    Row,
+    embedding,
+    layers,
 )  # fmt: skip
 from shardtool.families.family import Config, Family, Field
 from shardtool.layout.rules import Rule, rule

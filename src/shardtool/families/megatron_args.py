@@ -29,7 +29,6 @@ NOT_CONVERTED = {
     "apply_layernorm_1p": "norms stored as gamma - 1",
     "squared_relu": "squared ReLU",
     "window_attn_skip_freq": "a window on some layers only",
-    "no_rope_freq": "layers without rope",
 }
 
 
@@ -77,6 +76,7 @@ def to_args(
         "vocab_size": a.vocab_size,
         "padded_vocab_size": padded,
         "make_vocab_size_divisible_by": divisible_by,
+        "no_rope_freq": [int(layer in a.no_rope_layers) for layer in range(a.num_layers)] if a.no_rope_layers else None,
         **_moe_args(a),
         **_mla_args(a),
         "mtp_num_layers": a.mtp_layers or None,
@@ -182,6 +182,18 @@ def _moe(args: Args, num_layers: int, ffn_size: int) -> MixtureOfExperts | None:
     )
 
 
+def _no_rope(args: Args) -> tuple[int, ...]:
+    """The layers without rope: every n-th, or those with a 1 (transformer_config.py 0.16.1)."""
+    frequency, count = args.get("no_rope_freq"), args["num_layers"]
+    if not frequency:
+        return ()
+    if isinstance(frequency, str):
+        frequency = _frequency(frequency)
+    if isinstance(frequency, int):
+        return tuple(range(frequency - 1, count, frequency))
+    return tuple(layer for layer, flag in enumerate(frequency) if flag)
+
+
 def _frequency(text: str) -> int | list[int]:
     """A `--moe-layer-freq` string: an integer, or lists of integers with + and *, such as ([0]*3+[1]*58)."""
     if text.strip().isdecimal():
@@ -264,6 +276,7 @@ def from_args(args: Args) -> Architecture:
         tied=not args.get("untie_embeddings_and_output_weights", False),
         rope=_rope(args),
         window=None if window is None else window[0] + 1,
+        no_rope_layers=_no_rope(args),
         moe=_moe(args, args["num_layers"], ffn),
         mla=_mla(args),
         mtp_layers=args.get("mtp_num_layers") or 0,
@@ -359,6 +372,12 @@ def launch_flags(
         *_split_flags(mesh),
         f"--norm-epsilon {a.norm_eps}",
         *(["--qk-layernorm"] if a.qk_norm else []),
+        *(
+            [f"--no-rope-freq '{[int(layer in a.no_rope_layers) for layer in range(a.num_layers)]}'"]
+            if a.no_rope_layers
+            else []
+        ),
+        *(["--rotary-interleaved"] if a.rope and a.rope.interleaved else []),
         *_moe_flags(a),
         *_mla_flags(a),
         *([f"--window-size {a.window - 1},0"] if a.window is not None else []),

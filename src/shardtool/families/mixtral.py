@@ -8,7 +8,8 @@ from shardtool.families import standard_config as standard
 from shardtool.families.architecture import Architecture, MixtureOfExperts
 from shardtool.families.blocks import experts
 from shardtool.families.blocks import standard as standard_rules
-from shardtool.families.family import Config, Family, rope_refusal
+from shardtool.families.family import Config, Family
+from shardtool.families.rope import rope_refusal
 from shardtool.layout.rules import Rule
 
 

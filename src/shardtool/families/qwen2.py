@@ -7,7 +7,8 @@ from typing import Any
 from shardtool.families import standard_config as standard
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import standard as rules
-from shardtool.families.family import Config, Family, rope_refusal
+from shardtool.families.family import Config, Family
+from shardtool.families.rope import rope_refusal
 
 
 def _derived(config: Config, values: dict[str, Any]) -> dict[str, Any]:

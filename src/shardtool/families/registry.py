@@ -7,7 +7,21 @@ from dataclasses import replace
 from typing import Any
 
 from shardtool.errors import UsageError
-from shardtool.families import deepseek_v3, gpt2, llama, mistral, mixtral, qwen2, qwen3, qwen_moe
+from shardtool.families import (
+    deepseek_v2,
+    deepseek_v3,
+    glm,
+    gpt2,
+    llama,
+    llama_like,
+    mistral,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen_moe,
+    starcoder2,
+)
 from shardtool.families.architecture import Architecture
 from shardtool.families.family import Family
 
@@ -25,6 +39,14 @@ FAMILIES: dict[str, Family] = {
         deepseek_v3.DEEPSEEK_V3,
         deepseek_v3.GLM4_MOE,
         deepseek_v3.DOTS1,
+        deepseek_v2.FAMILY,
+        phi3.FAMILY,
+        glm.FAMILY,
+        llama_like.SEED_OSS,
+        llama_like.SMOLLM3,
+        llama_like.ERNIE,
+        llama_like.STABLELM,
+        starcoder2.FAMILY,
     )
 }
 

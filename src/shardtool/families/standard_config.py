@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from shardtool.families.architecture import Architecture
-from shardtool.families.family import Config, Field, read_rope, write_rope
+from shardtool.families.family import Config, Field
+from shardtool.families.rope import read_rope, write_rope
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -36,9 +37,10 @@ def table(**defaults: Any) -> tuple[Field, ...]:
         Field("vocab_size",        "vocab_size",              default("vocab_size", 32000)),
         Field("max_positions",     "max_position_embeddings", default("max_position_embeddings", 2048)),
         Field("norm_eps",          "rms_norm_eps",            default("rms_norm_eps", 1e-6), float),
-        Field("tied",              "tie_word_embeddings",     False, bool),
-        Field("activation",        "hidden_act",              "silu", ACTIVATIONS.__getitem__, ACTIVATION_NAMES.__getitem__),
-        Field("attention_dropout", "attention_dropout",       0.0, float),
+        Field("tied",              "tie_word_embeddings",     default("tie_word_embeddings", False), bool),
+        Field("activation",        "hidden_act",              default("hidden_act", "silu"),
+              ACTIVATIONS.__getitem__, ACTIVATION_NAMES.__getitem__),
+        Field("attention_dropout", "attention_dropout",       default("attention_dropout", 0.0), float),
     )
     # fmt: on
 

@@ -70,7 +70,7 @@ def compare_logits(
     name = _native(a, b) if dtype == "native" else dtype
     for side in (a, b):
         if isinstance(side, MegatronSide):
-            chunks(side.mesh, side.architecture.num_layers)  # refuses an impossible layout before anything runs
+            chunks(side.mesh, side.architecture.num_layers, side.architecture.mtp_layers)  # refuses an impossible layout before anything runs
             workers.get_pool(side.mesh.tp)  # starts while transformers runs
     runs = _Runs(prompts, timeout)
     report = LogitsReport(

@@ -3,6 +3,13 @@
 This is the independent half of the judge: it knows nothing of shardtool's own layouts. Legacy files are opened by the
 name that the rank computes and go through load_state_dict; torch_dist goes through megatron-core's own
 dist_checkpointing.load with its default strictness.
+
+A worker's world is one tensor parallel group, smaller than that of a run with expert parallelism. So a rank holds all
+experts, and gathers them from the files of all expert parallel ranks: which rank has which file and which shard comes
+from megatron-core's own RankGenerator. Dense tensors come from one of the files of the rank's tensor parallel rank.
+
+Multi-token-prediction layers (`mtp.`, and the second embedding beside them) are not loaded: no logit of the main model
+depends on them. The accounting and the exact level cover them.
 """
 
 from __future__ import annotations
@@ -14,6 +21,8 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +32,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from shardtool.errors import CheckpointError
-from shardtool.layout.mesh import Chunk, Mesh, chunks, virtual_stages
+from shardtool.layout.mesh import Chunk, Mesh, virtual_stages
 from shardtool.verify import dist_metadata
 from shardtool.verify.files import checkpoint_format, rank_file
 
@@ -38,6 +47,14 @@ TE_TO_LOCAL = {
     "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
     "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
 }
+
+# whole on every rank under Transformer Engine (0.14 and newer), split over the ranks in the local spec
+DOWN_PROJECTIONS = ("self_attention.linear_q_down_proj.weight", "self_attention.linear_kv_down_proj.weight")
+
+EXPERT = re.compile(
+    r"(?P<at>.*\.experts\.)(local_experts\.(?P<alone>\d+)\.)?"
+    r"((?P<leaf>linear_fc[12]\.(weight|bias))(?P<grouped>\d*)|(?P<transposed>weight[12]))"
+)
 
 SHOWN = 8  # key names per problem
 
@@ -69,14 +86,149 @@ def load_stage(model: GPTModel, directory: Path, mesh: Mesh, chunk: Chunk) -> No
     """
     # Whatever a load does not reach shows as NaN in the logits, even if the load itself claims to be complete.
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(float("nan"))
+        for value in model.state_dict(keep_vars=True).values():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                value.fill_(float("nan"))
     if checkpoint_format(directory) == "torch_dist":
-        _load_torch_dist(model, directory, single=len(chunks(mesh, model.config.num_layers)) == 1)
+        _load_torch_dist(model, directory, single=mesh.pp == 1)
     else:
-        rank = parallel_state.get_tensor_model_parallel_rank()
-        path = rank_file(directory, mesh, tp=rank, pp=chunk.pp)
-        _load_legacy(model, _model_chunk(_load_file(path), path, mesh, chunk.vpp), path)
+        ranks = _Ranks(directory, mesh, chunk, parallel_state.get_tensor_model_parallel_rank())
+        path = ranks.own_file()
+        state = dict(_local_names(_dense(ranks.state(path), chunk), path))
+        _cut_down_projections(state, model, ranks.tp)
+        if model.config.num_moe_experts is not None:
+            state.update(_experts(model, ranks))
+        _load_legacy(model, state, path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    """The files of one pipeline stage, as tensor parallel rank `tp` sees them. A file is opened once."""
+
+    directory: Path
+    mesh: Mesh
+    chunk: Chunk
+    tp: int
+    opened: dict[Path, Mapping[str, Any]] = field(default_factory=dict)
+
+    def path(self, tp: int, ep: int) -> Path:
+        """The file of a rank of this stage."""
+        return rank_file(self.directory, self.mesh, tp=tp, pp=self.chunk.pp, ep=ep)
+
+    def grid(self) -> dict[tuple[int, int], int]:
+        """The expert tensor parallel rank of each (tp, ep) rank, in the smallest world that has them all."""
+        mesh = self.mesh
+        world = lcm(mesh.tp, mesh.ep * mesh.expert_tp)
+        order = "tp-cp-ep-dp-pp"  # megatron-core's default
+        dense = parallel_state.RankGenerator(mesh.tp, 1, world // mesh.tp, 1, 1, order)
+        expert = parallel_state.RankGenerator(
+            mesh.expert_tp, mesh.ep, world // (mesh.ep * mesh.expert_tp), 1, 1, order
+        )
+
+        def places(generator: parallel_state.RankGenerator, token: str) -> dict[int, int]:
+            return {rank: place for group in generator.get_ranks(token) for place, rank in enumerate(group)}
+
+        tp, ep, etp = places(dense, "tp"), places(expert, "ep"), places(expert, "tp")
+        return {(tp[rank], ep[rank]): etp[rank] for rank in range(world)}
+
+    def own_file(self) -> Path:
+        """A file with the dense tensors of this rank: the first, which is the only one without expert parallelism."""
+        paths = [self.path(tp, ep) for tp, ep in sorted(self.grid()) if tp == self.tp]
+        return next((path for path in paths if path.is_file()), paths[0])
+
+    def expert_file(self, ep: int, etp: int) -> Path:
+        """A file with shard `etp` of the experts of rank `ep`: this rank's where it has them."""
+        held = [place for place, shard in self.grid().items() if (place[1], shard) == (ep, etp)]
+        paths = [self.path(*place) for place in sorted(held, key=lambda place: (place[0] != self.tp, place))]
+        return next((path for path in paths if path.is_file()), paths[0])
+
+    def state(self, path: Path) -> Mapping[str, Any]:
+        """The state dict of the model chunk in a file."""
+        if path not in self.opened:
+            self.opened[path] = _model_chunk(_load_file(path), path, self.mesh, self.chunk.vpp)
+        return self.opened[path]
+
+
+def _dense(stored: Mapping[str, Any], chunk: Chunk) -> dict[str, Any]:
+    """What is neither an expert nor part of multi-token prediction."""
+    mtp = any(key.startswith("mtp.") for key in stored)
+    return {
+        key: value
+        for key, value in stored.items()
+        if not EXPERT.fullmatch(key)
+        and not key.startswith("mtp.")
+        and not (mtp and not chunk.embedding and key == EMBEDDING)
+    }
+
+
+def _cut_down_projections(state: dict[str, Any], model: GPTModel, tp: int) -> None:
+    """Whole down projections, as Transformer Engine keeps them, become this rank's rows."""
+    wanted = model.state_dict(keep_vars=True)
+    for key in state:
+        if key.endswith(DOWN_PROJECTIONS) and key in wanted and state[key].shape[0] != wanted[key].shape[0]:
+            rows = wanted[key].shape[0]
+            if state[key].shape[0] == rows * parallel_state.get_tensor_model_parallel_world_size():
+                state[key] = state[key].narrow(0, tp * rows, rows)
+
+
+def _experts(model: GPTModel, ranks: _Ranks) -> dict[str, torch.Tensor]:
+    """All experts of this rank under their global numbers: its shard of each, from whichever files have it.
+
+    Where the checkpoint is split over other expert tensor parallel ranks than the model, experts are put together and
+    cut anew.
+    """
+    stored, size = ranks.mesh.expert_tp, parallel_state.get_expert_tensor_parallel_world_size()
+    mine = parallel_state.get_expert_tensor_parallel_rank()
+    each = model.config.num_moe_experts // ranks.mesh.ep
+    gated = model.config.gated_linear_unit
+    found: dict[str, torch.Tensor] = {}
+    for ep in range(ranks.mesh.ep):
+        shards: list[dict[str, torch.Tensor]] = []
+        for etp in [mine] if stored == size else range(stored):
+            path = ranks.expert_file(ep, etp)
+            shards.append({})
+            for key, value in ranks.state(path).items():
+                if (match := EXPERT.fullmatch(key)) and not key.startswith("mtp."):
+                    shards[-1].update(_one_by_one(match, value, ep * each, each, path))
+        for key in shards[0]:
+            parts = [shard[key] for shard in shards if key in shard]
+            found[key] = parts[0] if stored == size else _cut(key, _joined(key, parts, gated), size, mine, gated)
+    return found
+
+
+def _one_by_one(
+    match: re.Match[str], value: torch.Tensor, start: int, each: int, path: Path
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The experts in a stored tensor, under the local spec's names with global numbers."""
+    name = match["at"] + "local_experts.{}." + (match["leaf"] or f"linear_fc{(match['transposed'] or '')[-1]}.weight")
+    number = match["alone"] or match["grouped"]
+    if number:
+        if int(number) >= each:
+            raise CheckpointError("a rank has more experts than its share", where=f"{path}: {match[0]}",
+                                  expected=f"{each} experts", found=f"number {number}")  # fmt: skip
+        yield name.format(start + int(number)), value
+        return
+    if match["transposed"]:  # one tensor, [expert, in, out] in memory (moe/experts.py of 0.14, GroupedMLP)
+        hidden_last = match["transposed"] == "weight2"
+        shape = (each, -1, value.shape[1]) if hidden_last else (each, value.shape[0], -1)
+        value = value.reshape(shape).transpose(1, 2)
+    for index, expert in enumerate(value.unbind(0)):
+        yield name.format(start + index), expert
+
+
+def _joined(key: str, shards: list[torch.Tensor], gated: bool) -> torch.Tensor:
+    """A whole tensor of an expert from its shards: rows of gate and up each, or columns."""
+    if ".linear_fc2." in key:
+        return shards[0] if key.endswith("bias") else torch.cat(shards, dim=1)
+    parts = [shard.chunk(2 if gated else 1) for shard in shards]
+    return torch.cat([part for half in zip(*parts, strict=True) for part in half])
+
+
+def _cut(key: str, whole: torch.Tensor, size: int, rank: int, gated: bool) -> torch.Tensor:
+    """One of `size` shards of a whole tensor of an expert."""
+    if ".linear_fc2." in key:
+        return whole if key.endswith("bias") else whole.chunk(size, dim=1)[rank]
+    return torch.cat([half.chunk(size)[rank] for half in whole.chunk(2 if gated else 1)])
 
 
 class _Inert:
@@ -142,14 +294,19 @@ def local_name(key: str) -> str:
     return key
 
 
-def _load_legacy(model: GPTModel, stored: Mapping[str, Any], path: Path) -> None:
-    state: dict[str, Any] = {}
+def _local_names(stored: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
+    """The weights of a state dict of either spec under the local spec's names."""
+    seen: set[str] = set()
     for key, value in stored.items():
         if key.endswith("._extra_state"):
             continue  # FP8 calibration of Transformer Engine, no weight
-        if (name := local_name(key)) in state:
+        if (name := local_name(key)) in seen:
             raise CheckpointError("a tensor is there under two names", where=f"{path}: {key}", found=name)
-        state[name] = value
+        seen.add(name)
+        yield name, value
+
+
+def _load_legacy(model: GPTModel, state: Mapping[str, Any], path: Path) -> None:
     # As strict=True, but for _extra_state, which the local spec asks for without having any.
     try:
         result = model.load_state_dict(state, strict=False)
@@ -169,8 +326,8 @@ def _load_legacy(model: GPTModel, stored: Mapping[str, Any], path: Path) -> None
 
 
 def _folded(keys: list[str]) -> list[str]:
-    """Key names with the layer number as *, each once."""
-    return list(dict.fromkeys(re.sub(r"(?<=layers\.)\d+", "*", key) for key in keys))
+    """Key names with the layer's and the expert's number as *, each once."""
+    return list(dict.fromkeys(re.sub(r"(?<=layers\.)\d+|(?<=experts\.)\d+", "*", key) for key in keys))
 
 
 def _few(lines: list[str]) -> tuple[str, ...]:
@@ -186,6 +343,9 @@ def _load_torch_dist(model: GPTModel, directory: Path, *, single: bool) -> None:
             content = dist_checkpointing.load_content_metadata(str(place))
             if place != directory:
                 content = {**dist_metadata.content_metadata(metadata), **(content or {})}
+            if dist_metadata.content_metadata(metadata)["non_homogeneous_layers"]:
+                # a run with a list as its --moe-layer-freq, even one of all ones, asks for a key per layer
+                content = {**(content or {}), "non_homogeneous_layers": True}
             sharded = model.sharded_state_dict(metadata=content)
             # The access check wants every layer to be asked for by some rank; one stage of several asks for its own.
             state = dist_checkpointing.load(sharded, str(place), validate_access_integrity=single)

@@ -15,11 +15,11 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from shardtool.errors import ShardtoolError, UsageError
 from shardtool.families.architecture import Architecture, Rope
-from shardtool.layout.mesh import Chunk, Mesh, virtual_stages
+from shardtool.layout.mesh import Chunk, Mesh, parse_pipeline_layout, virtual_stages
 
 LLAMA3_CONSTANTS = (1.0, 4.0, 8192)  # low_freq_factor, high_freq_factor, original positions: rotary_pos_embedding.py
 
@@ -33,14 +33,20 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F
 
 
 def transformer_config(arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
-    """The TransformerConfig that expresses `arch`, unfused, without dropout, on the CPU."""
+    """The TransformerConfig that expresses `arch`, unfused, without dropout, on the CPU.
+
+    Multi-token-prediction layers are left out: the main model's logits do not depend on them. All experts are on every
+    tensor parallel rank group (ep 1), whatever the checkpoint's layout.
+    """
     vpp = virtual_stages(mesh)
-    return TransformerConfig(
+    kind = TransformerConfig if arch.mla is None else MLATransformerConfig
+    return kind(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         num_attention_heads=arch.num_heads,
         num_query_groups=arch.num_query_groups,
-        kv_channels=arch.head_dim,
+        # the local attention sizes its output by kv_channels, which for latent attention is the values' size
+        kv_channels=arch.head_dim if arch.mla is None else arch.mla.value_dim,
         ffn_hidden_size=arch.ffn_size,
         normalization={"rms": "RMSNorm", "layer": "LayerNorm"}[arch.norm],
         layernorm_epsilon=arch.norm_eps,
@@ -48,10 +54,13 @@ def transformer_config(arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> Tr
         gated_linear_unit=arch.gated,
         add_bias_linear=arch.linear_bias,
         add_qkv_bias=arch.qkv_bias or arch.linear_bias,
-        qk_layernorm=arch.qk_norm,
+        qk_layernorm=arch.qk_norm or arch.mla is not None,
         rotary_interleaved=arch.rope is not None and arch.rope.interleaved,
         # W visible tokens are the token itself and W - 1 before it
         window_size=None if arch.window is None else (arch.window - 1, 0),
+        no_rope_freq=[int(layer in arch.no_rope_layers) for layer in range(arch.num_layers)]
+        if arch.no_rope_layers
+        else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,  # as transformers' eager attention does
@@ -64,18 +73,97 @@ def transformer_config(arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> Tr
         num_layers_in_last_pipeline_stage=mesh.last_stage_layers,
         account_for_embedding_in_pipeline_split=mesh.account_for_embedding,
         account_for_loss_in_pipeline_split=mesh.account_for_loss,
-        pipeline_model_parallel_layout=mesh.pipeline_layout,
+        pipeline_model_parallel_layout=_layout_without_mtp(mesh.pipeline_layout),
+        expert_tensor_parallel_size=expert_tp(arch, mesh),
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu_initialization=True,
         perform_initialization=False,  # every weight comes from the checkpoint, or the load fails
+        **_moe_arguments(arch),
+        **_mla_arguments(arch),
     )
 
 
-def _position_arguments(rope: Rope | None) -> dict[str, Any]:
-    """The arguments of GPTModel that say how positions enter."""
+def expert_tp(arch: Architecture, mesh: Mesh) -> int:
+    """The expert tensor parallel size of the model that is built: the checkpoint's, where tp ranks can form such groups.
+
+    Otherwise that of the dense layers; megatron_load then cuts the experts anew.
+    """
+    return mesh.expert_tp if arch.moe is not None and mesh.tp % mesh.expert_tp == 0 else mesh.tp
+
+
+def _layout_without_mtp(layout: str | None) -> str | None:
+    return None if layout is None else "|".join(parse_pipeline_layout(layout)).replace("m", "")
+
+
+def _moe_arguments(arch: Architecture) -> dict[str, Any]:
+    """What TransformerConfig says of experts. Nothing here drops tokens, balances them or fuses kernels."""
+    moe = arch.moe
+    if moe is None:
+        return {}
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_layer_freq": 1 if arch.uniform else [int(layer in moe.layers) for layer in range(arch.num_layers)],
+        "moe_ffn_hidden_size": moe.ffn_size,
+        "moe_router_topk": moe.top_k,
+        "moe_router_score_function": moe.score,
+        "moe_router_pre_softmax": moe.pre_softmax,
+        "moe_router_topk_scaling_factor": moe.scaling,
+        "moe_router_enable_expert_bias": moe.expert_bias,
+        "moe_router_num_groups": moe.groups,
+        "moe_router_group_topk": moe.group_top_k,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_shared_expert_intermediate_size": moe.shared_ffn_size or None,
+        "moe_shared_expert_gate": moe.shared_gate,
+        "moe_token_dispatcher_type": "allgather",  # the other one makes a CUDA stream
+        "moe_grouped_gemm": False,
+    }
+
+
+def _mla_arguments(arch: Architecture) -> dict[str, Any]:
+    """What MLATransformerConfig says beside TransformerConfig. Its defaults are DeepSeek's, so all are given."""
+    mla = arch.mla
+    if mla is None:
+        return {}
+    rope = arch.rope
+    if rope is None or rope.interleaved or (rope.scaling is not None and rope.scaling.kind != "yarn"):
+        raise UsageError(
+            "megatron-core cannot express these positions with latent attention", expected="rope, plain or yarn",
+            found="no rope" if rope is None else f"rope{' interleaved' if rope.interleaved else ''}, {rope.scaling}",
+        )  # fmt: skip
+    arguments: dict[str, Any] = {
+        "q_lora_rank": mla.query_rank,
+        "kv_lora_rank": mla.key_value_rank,
+        "qk_head_dim": mla.nope_dim,
+        "qk_pos_emb_head_dim": mla.rope_dim,
+        "v_head_dim": mla.value_dim,
+        "rotary_base": rope.theta,
+        "rotary_percent": rope.fraction,
+    }
+    yarn = rope.scaling
+    if yarn is None:  # the factor scales the softmax whatever the type is
+        return {**arguments, "rope_type": "rope", "rotary_scaling_factor": 1.0}
+    if not yarn.truncate:
+        raise UsageError("megatron-core's latent attention rounds yarn's correction range", expected="truncate")
+    return {
+        **arguments,
+        "rope_type": "yarn",
+        "rotary_scaling_factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_max_positions,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+        "mscale": yarn.mscale,
+        "mscale_all_dim": yarn.mscale_all_dim,
+    }
+
+
+def _position_arguments(rope: Rope | None, *, latent: bool) -> dict[str, Any]:
+    """The arguments of GPTModel that say how positions enter; latent attention takes its own from the config."""
+    if latent:
+        return {"position_embedding_type": "rope"}
     if rope is None:
         return {"position_embedding_type": "learned_absolute"}
     arguments: dict[str, Any] = {
@@ -89,6 +177,8 @@ def _position_arguments(rope: Rope | None) -> dict[str, Any]:
     if scaling.kind == "linear":
         return {**arguments, "seq_len_interpolation_factor": scaling.factor}
     found = (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_positions)
+    if scaling.kind != "llama3":
+        raise UsageError("this rope scaling is built for latent attention only", expected="linear or llama3", found=scaling.kind)
     if found != LLAMA3_CONSTANTS:
         raise UsageError(
             "megatron-core cannot express this rope scaling",
@@ -138,7 +228,7 @@ def build_stage(arch: Architecture, mesh: Mesh, chunk: Chunk, dtype: torch.dtype
             share_embeddings_and_output_weights=arch.tied,
             pg_collection=groups,
             vp_stage=vp_stage,
-            **_position_arguments(arch.rope),
+            **_position_arguments(arch.rope, latent=arch.mla is not None),
         )
     except (AssertionError, ValueError, NotImplementedError) as error:
         raise UsageError(
@@ -152,5 +242,10 @@ def build_stage(arch: Architecture, mesh: Mesh, chunk: Chunk, dtype: torch.dtype
             expected=str(chunk.layers),
             found=str(layers),
         )
-    # torch's norms are made in fp32 whatever params_dtype says; Megatron-LM casts the whole model too.
-    return model.to(dtype).eval()
+    # torch's norms are made in fp32 whatever params_dtype says; Megatron-LM casts the whole model too, but for the
+    # routers' expert biases (transformer/module.py Float16Module, moe/router.py)
+    model.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "_maintain_float32_expert_bias"):
+            module._maintain_float32_expert_bias()
+    return model.eval()

@@ -27,7 +27,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 
 from shardtool.verify.megatron_load import load_stage, stored_embedding  # noqa: E402
-from shardtool.verify.megatron_model import build_stage  # noqa: E402
+from shardtool.verify.megatron_model import build_stage, expert_tp  # noqa: E402
 
 
 class _Traces:
@@ -93,9 +93,21 @@ def _together(action: Callable[[], None]) -> None:
         raise first
 
 
+def _groups(tp: int, etp: int) -> None:
+    """The process groups of a world of `tp` ranks whose experts are split over `etp`; kept while they fit."""
+    if parallel_state.is_initialized():
+        if parallel_state.get_expert_tensor_parallel_world_size() == etp:
+            return
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp, expert_tensor_parallel_size=etp, create_gloo_process_groups=False
+    )
+
+
 def run(job: Job) -> None:
     """Run a job in this rank. Raises ShardtoolError on all ranks alike."""
     mesh, dtype = job.mesh, getattr(torch, job.dtype)
+    _groups(mesh.tp, expert_tp(job.architecture, mesh))
     vocab = 0
 
     def measure() -> None:
@@ -113,7 +125,7 @@ def run(job: Job) -> None:
     _together(measure)
     traces = _Traces(job)
     streams: list[torch.Tensor] = []
-    for chunk in chunks(mesh, job.architecture.num_layers):
+    for chunk in chunks(mesh, job.architecture.num_layers, job.architecture.mtp_layers):
         model = build_stage(job.architecture, mesh, chunk, dtype, vocab)
         _together(lambda model=model, chunk=chunk: load_stage(model, job.directory, mesh, chunk))  # type: ignore[misc]
         traces.attach(model, chunk)
@@ -162,7 +174,7 @@ def main(arguments: list[str]) -> None:
         world_size=tp,
         timeout=timedelta(seconds=DEFAULT_TIMEOUT),
     )
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, create_gloo_process_groups=False)
+    _groups(tp, tp)
     while True:
         try:
             job = connection.recv()
