@@ -29,6 +29,7 @@ HIDDEN   = "h -> h"
 HEAD     = "d -> d"
 VOCAB    = "v h -> v h"
 STACKED_QKV = "(g q d + g d + g d) h -> (g (q d + d + d)) h"
+STACKED_QKV_BIAS = "(g q d + g d + g d) -> (g (q d + d + d))"
 STACKED_GLU = "(f + f) h -> (f + f) h"
 
 EMBEDDING  = "embedding.word_embeddings.weight"
@@ -67,20 +68,26 @@ def embedding(
 
 
 def layers(
-    prefix: str, rows: Iterable[Row], within: tuple[int, ...] | None = None, inner: str = "decoder.layers.{l}."
+    prefix: str,
+    rows: Iterable[Row],
+    within: tuple[int, ...] | None = None,
+    inner: str = "decoder.layers.{l}.",
+    *,
+    latent: bool = False,
 ) -> tuple[Rule, ...]:
     """Per-layer rules; names are relative to `prefix` on the left and to `inner` on the right. `within`: which layers.
 
     A norm that Transformer Engine fuses into a linear in some layers and not in others has the other spelling as its
-    second torch_dist key: the local spec of megatron-core (to 0.19) maps all of them to the fused one for experts, and
-    none of them for latent attention (gpt_layer_specs.py).
+    second torch_dist key: the local spec of megatron-core (to 0.19) maps all of them to the fused one, but with latent
+    attention (`latent`) none of them (gpt_layer_specs.py).
     """
     found = []
+    dist_aliases = LATENT_DIST_ALIASES if latent else DIST_ALIASES
     for hf, equation, megatron, tp in rows:
         names = (hf,) if isinstance(hf, str) else hf
         options: dict[str, Any] = {"layers": within}
-        if megatron in DIST_ALIASES:
-            options["dist_aliases"] = (inner + DIST_ALIASES[megatron],)
+        if megatron in dist_aliases:
+            options["dist_aliases"] = (inner + dist_aliases[megatron],)
         if megatron in LOCAL_TP:
             options["tp_local"] = LOCAL_TP[megatron]
         if megatron == ROUTER_BIAS:
@@ -89,9 +96,10 @@ def layers(
     return tuple(found)
 
 
-DIST_ALIASES = {
-    MOE_NORM + ".weight": MLP_NORM + "_weight",
-    MOE_NORM + ".bias": MLP_NORM + "_bias",
+DIST_ALIASES = {MOE_NORM + ".weight": MLP_NORM + "_weight", MOE_NORM + ".bias": MLP_NORM + "_bias"}
+LATENT_DIST_ALIASES = {
+    MLP_NORM + "_weight": MOE_NORM + ".weight",
+    MLP_NORM + "_bias": MOE_NORM + ".bias",
     "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
     "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
 }
@@ -197,11 +205,12 @@ def experts(
 def decoder(a: Architecture, moe_rows: list[Row], prefix: str = "model.layers.{l}.") -> tuple[Rule, ...]:
     """All layers: attention everywhere, dense MLPs and experts in their own layers."""
     dense = tuple(layer for layer in range(a.num_layers) if layer not in set(a.moe_layers))
-    found = layers(prefix, latent_attention(a) if a.mla else attention(a))
+    latent = a.mla is not None
+    found = layers(prefix, latent_attention(a) if latent else attention(a), latent=latent)
     if dense:
-        found += layers(prefix, mlp(a), dense if a.moe else None)
+        found += layers(prefix, mlp(a), dense if a.moe else None, latent=latent)
     if a.moe:
-        found += layers(prefix, moe_rows, a.moe_layers if dense else None)
+        found += layers(prefix, moe_rows, a.moe_layers if dense else None, latent=latent)
     return found
 
 
@@ -218,11 +227,10 @@ def multi_token_prediction(a: Architecture, moe_rows: list[Row], prefix: str = "
         ("shared_head.norm.weight", HIDDEN,       "final_layernorm.weight", None),
     ]
     # fmt: on
-    inner = outer + "transformer_layer."
-    found = layers(prefix, table, inner=outer) + layers(
-        prefix, latent_attention(a) if a.mla else attention(a), inner=inner
-    )
-    return found + layers(prefix, moe_rows if a.moe else mlp(a), inner=inner)
+    inner, latent = outer + "transformer_layer.", a.mla is not None
+    found = layers(prefix, table, inner=outer)
+    found += layers(prefix, latent_attention(a) if latent else attention(a), inner=inner, latent=latent)
+    return found + layers(prefix, moe_rows if a.moe else mlp(a), inner=inner, latent=latent)
 
 
 def standard(a: Architecture, moe_rows: list[Row] | None = None) -> tuple[Rule, ...]:

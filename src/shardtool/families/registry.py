@@ -8,15 +8,19 @@ from typing import Any
 
 from shardtool.errors import UsageError
 from shardtool.families import (
+    baichuan,
+    chatglm,
     deepseek_v2,
     deepseek_v3,
     glm,
     gpt2,
+    internlm2,
     llama,
     llama_like,
     mistral,
     mixtral,
     phi3,
+    qwen,
     qwen2,
     qwen3,
     qwen_moe,
@@ -47,6 +51,10 @@ FAMILIES: dict[str, Family] = {
         llama_like.ERNIE,
         llama_like.STABLELM,
         starcoder2.FAMILY,
+        qwen.FAMILY,
+        internlm2.FAMILY,
+        baichuan.FAMILY,
+        chatglm.FAMILY,
     )
 }
 
