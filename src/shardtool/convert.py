@@ -31,7 +31,8 @@ from shardtool.execute.staging import check_destination, staged, write_small
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import axis_sizes, standard
 from shardtool.families.family import TRAINING_ONLY, Family, describe_differences
-from shardtool.families.megatron_args import FAMILY_NAME, launch_flags, to_args
+from shardtool.families.launch_flags import launch_flags
+from shardtool.families.megatron_args import FAMILY_NAME, to_args
 from shardtool.families.registry import family_of, infer_family
 from shardtool.formats.tracker import TRACKER, iteration_name, tracker_bytes
 from shardtool.layout.huggingface import huggingface_layout
@@ -360,7 +361,7 @@ def _compare_replicas(source: Opened) -> int:
 
 
 def flags_of(source: Megatron | HuggingFace, mesh: Mesh | None = None, *, stored_only: bool | None = None) -> list[str]:
-    """The Megatron-LM launch flags of a checkpoint (see families.megatron_args.launch_flags)."""
+    """The Megatron-LM launch flags of a checkpoint (see families.launch_flags)."""
     if isinstance(source, Megatron):
         a, parallel, dtype, fmt = source.architecture, source.mesh, source.dtype, source.format
         divisible_by = source.args.get("make_vocab_size_divisible_by") or 128

@@ -1,4 +1,4 @@
-"""Megatron-LM's `args`: what a checkpoint stores of its model, and the launch flags for what it does not read back.
+"""Megatron-LM's `args`: what a checkpoint stores of its model.
 
 Names and read-back rules: Megatron-LM training/arguments.py and training/checkpointing.py `load_args_from_checkpoint`
 (core 0.16 to 0.19): some names are forced from the checkpoint, some fill unset flags, the rest must be given again.
@@ -52,10 +52,10 @@ def to_args(
         "position_embedding_type": "rope" if a.rope else "learned_absolute",
         "add_position_embedding": True,
         "use_rotary_position_embeddings": a.rope is not None,
-        "rotary_base": _whole(a.rope.theta) if a.rope else 10000,
+        "rotary_base": whole(a.rope.theta) if a.rope else 10000,
         "rotary_percent": a.rope.fraction if a.rope else 1.0,
         "rotary_interleaved": a.rope.interleaved if a.rope else False,
-        "rotary_seq_len_interpolation_factor": None if linear is None else _whole(linear),
+        "rotary_seq_len_interpolation_factor": None if linear is None else whole(linear),
         "use_rope_scaling": scaling is not None and scaling.kind == "llama3",
         "rope_scaling_factor": scaling.factor if scaling and scaling.kind == "llama3" else 8.0,
         "add_bias_linear": a.linear_bias,
@@ -78,7 +78,7 @@ def to_args(
         "make_vocab_size_divisible_by": divisible_by,
         "no_rope_freq": [int(layer in a.no_rope_layers) for layer in range(a.num_layers)] if a.no_rope_layers else None,
         **_moe_args(a),
-        **_mla_args(a),
+        **mla_args(a),
         "mtp_num_layers": a.mtp_layers or None,
         "tensor_model_parallel_size": mesh.tp,
         "pipeline_model_parallel_size": mesh.pp,
@@ -131,7 +131,7 @@ def _moe_args(a: Architecture) -> dict[str, Any]:
     }
 
 
-def _mla_args(a: Architecture) -> dict[str, Any]:
+def mla_args(a: Architecture) -> dict[str, Any]:
     if a.mla is None:
         return {"multi_latent_attention": False}
     scaling = a.rope.scaling if a.rope else None
@@ -220,7 +220,7 @@ def _mla(args: Args) -> LatentAttention | None:
     )
 
 
-def _whole(value: float) -> float | int:
+def whole(value: float) -> float | int:
     """Megatron-LM's --rotary-base and --rotary-seq-len-interpolation-factor are integers; keep others as they are."""
     return int(value) if float(value).is_integer() else value
 
@@ -333,111 +333,3 @@ def mesh_from_args(args: Args) -> Mesh:
         account_for_loss=bool(args.get("account_for_loss_in_pipeline_split")),
         pipeline_layout=args.get("pipeline_model_parallel_layout"),
     )
-
-
-def launch_flags(
-    a: Architecture, mesh: Mesh, dtype: str, *, divisible_by: int, fmt: str, stored_only: bool = False
-) -> list[str]:
-    """Megatron-LM launch flags of a model, one per entry.
-
-    With `stored_only` false: every flag. With it true: only those that `--use-checkpoint-args` does not read back.
-    """
-    scaling = a.rope.scaling if a.rope else None
-    read_back = [
-        f"--num-layers {a.num_layers}",
-        f"--hidden-size {a.hidden_size}",
-        f"--ffn-hidden-size {a.ffn_size}",
-        f"--num-attention-heads {a.num_heads}",
-        f"--kv-channels {a.head_dim}",
-        *(
-            [f"--group-query-attention --num-query-groups {a.num_query_groups}"]
-            if a.num_query_groups != a.num_heads
-            else []
-        ),
-        f"--max-position-embeddings {a.max_positions}",
-        f"--seq-length {a.max_positions}",
-        f"--position-embedding-type {'rope' if a.rope else 'learned_absolute'}",
-        *([f"--rotary-base {_whole(a.rope.theta)}", f"--rotary-percent {a.rope.fraction}"] if a.rope else []),
-        *([] if a.linear_bias else ["--disable-bias-linear"]),
-        *(["--add-qkv-bias"] if a.qkv_bias else []),
-        *(["--swiglu"] if a.gated else []),
-        *([] if a.tied else ["--untie-embeddings-and-output-weights"]),
-        f"--normalization {'RMSNorm' if a.norm == 'rms' else 'LayerNorm'}",
-        f"--attention-dropout {a.attention_dropout}",
-        f"--hidden-dropout {a.hidden_dropout}",
-    ]
-    not_read_back = [
-        f"--tensor-model-parallel-size {mesh.tp}",
-        f"--pipeline-model-parallel-size {mesh.pp}",
-        *_split_flags(mesh),
-        f"--norm-epsilon {a.norm_eps}",
-        *(["--qk-layernorm"] if a.qk_norm else []),
-        *(
-            [f"--no-rope-freq '{[int(layer in a.no_rope_layers) for layer in range(a.num_layers)]}'"]
-            if a.no_rope_layers
-            else []
-        ),
-        *(["--rotary-interleaved"] if a.rope and a.rope.interleaved else []),
-        *_moe_flags(a),
-        *_mla_flags(a),
-        *([f"--window-size {a.window - 1},0"] if a.window is not None else []),
-        *(
-            [f"--use-rope-scaling --rope-scaling-factor {scaling.factor}"]
-            if scaling and scaling.kind == "llama3"
-            else []
-        ),
-        *(
-            [f"--rotary-seq-len-interpolation-factor {_whole(scaling.factor)}"]
-            if scaling and scaling.kind == "linear"
-            else []
-        ),
-        *(["--no-bias-gelu-fusion"] if a.activation == "gelu" else []),
-        f"--make-vocab-size-divisible-by {divisible_by}",
-        f"--ckpt-format {fmt}",
-        *({"bfloat16": ["--bf16"], "float16": ["--fp16"]}.get(dtype, [])),
-    ]
-    return not_read_back if stored_only else read_back + not_read_back
-
-
-def _moe_flags(a: Architecture) -> list[str]:
-    """What --use-checkpoint-args does not read back of experts, and what a launch needs besides."""
-    moe = a.moe
-    if moe is None:
-        return []
-    flags = ["--moe-grouped-gemm", "--moe-router-dtype fp32"]
-    if moe.groups:
-        flags.append(f"--moe-router-num-groups {moe.groups} --moe-router-group-topk {moe.group_top_k}")
-    if moe.shared_gate:
-        flags.append("--moe-shared-expert-gate")
-    if a.mtp_layers:
-        flags.append(f"--mtp-num-layers {a.mtp_layers}")
-    return flags
-
-
-def _mla_flags(a: Architecture) -> list[str]:
-    if a.mla is None:
-        return []
-    names = (
-        "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type",
-        "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-    )  # fmt: skip
-    values = _mla_args(a)
-    shown = [f"--{name.replace('_', '-')} {values[name]}" for name in names if values[name] is not None]
-    return ["--multi-latent-attention", *shown]
-
-
-def _split_flags(mesh: Mesh) -> list[str]:
-    flags = []
-    if mesh.pipeline_layout is not None:
-        flags.append(f"--pipeline-model-parallel-layout '{mesh.pipeline_layout}'")
-    elif mesh.vpp > 1:
-        flags.append(f"--num-virtual-stages-per-pipeline-rank {mesh.vpp}")
-    if mesh.first_stage_layers is not None:
-        flags.append(f"--decoder-first-pipeline-num-layers {mesh.first_stage_layers}")
-    if mesh.last_stage_layers is not None:
-        flags.append(f"--decoder-last-pipeline-num-layers {mesh.last_stage_layers}")
-    if mesh.account_for_embedding:
-        flags.append("--account-for-embedding-in-pipeline-split")
-    if mesh.account_for_loss:
-        flags.append("--account-for-loss-in-pipeline-split")
-    return flags
