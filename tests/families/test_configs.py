@@ -1,0 +1,326 @@
+"""Configs: config.json to Architecture and back, and what transformers and Megatron-LM make of the same model."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from shardtool.errors import CheckpointError, UsageError
+from shardtool.families.architecture import Architecture, Rope, RopeScaling
+from shardtool.families.blocks import axis_sizes, standard
+from shardtool.families.family import TRAINING_ONLY, describe_differences
+from shardtool.families.megatron_args import from_args, to_args
+from shardtool.families.registry import FAMILIES, family_of, infer_family
+from shardtool.families.rope import read_rope, write_rope
+from shardtool.layout.huggingface import huggingface_layout
+from shardtool.layout.mesh import Mesh
+
+FOLDER = Path(__file__).parents[2] / "configs" / "tiny"
+DENSE = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+CONFIGS = {file.stem: json.loads(file.read_text()) for file in sorted(FOLDER.glob("*.json"))}
+NAMES = list(CONFIGS)
+# some models come with code of their own; transformers has no class for them
+IN_TRANSFORMERS = [name for name, config in CONFIGS.items() if config["model_type"] in CONFIG_MAPPING]
+
+
+def read(config: dict) -> Architecture:
+    return family_of(config).read_config(config)
+
+
+def config_of(name: str, **changes: object) -> dict:
+    return {**CONFIGS[name], **changes}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_survives_a_round_trip(name):
+    a = read(CONFIGS[name])
+    family = family_of(CONFIGS[name])
+    written = family.write_config(a, "bfloat16")
+    assert read(written) == a
+    assert json.loads(json.dumps(written)) is not None
+    assert written["torch_dtype"] == "bfloat16"
+    assert written["architectures"] == CONFIGS[name]["architectures"]
+    assert family.lost(a, written) == []
+
+
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if "rope_theta" in config])
+def test_both_rope_dialects_say_the_same(name):
+    """rope_theta and rope_scaling (transformers 4), rope_parameters (5), and the two at once."""
+    old = CONFIGS[name]
+    scaling = old.get("rope_scaling") or {"rope_type": "default"}
+    new = {key: value for key, value in old.items() if key not in ("rope_theta", "rope_scaling")}
+    new["rope_parameters"] = {**scaling, "rope_theta": old.get("rope_theta", 10000.0)}
+    assert read(new) == read(old) == read({**old, **new})
+
+
+@pytest.mark.parametrize("name", IN_TRANSFORMERS)
+def test_transformers_reads_the_same_numbers(name, tiny_model):
+    a = read(CONFIGS[name])
+    for config in (
+        CONFIG_MAPPING[CONFIGS[name]["model_type"]].from_dict(CONFIGS[name]),
+        CONFIG_MAPPING[a.family].from_dict(family_of(CONFIGS[name]).write_config(a, "float32")),
+        CONFIG_MAPPING[a.family].from_pretrained(tiny_model(name)),
+    ):
+        agree(a, config)
+    assert read(json.loads((tiny_model(name) / "config.json").read_text())) == a
+
+
+def agree(a: Architecture, config) -> None:
+    """An architecture and a transformers configuration are of one model."""
+    assert a.num_layers == config.num_hidden_layers
+    assert a.hidden_size == config.hidden_size
+    assert a.num_heads == config.num_attention_heads
+    assert a.vocab_size == config.vocab_size
+    assert a.max_positions == config.max_position_embeddings
+    assert a.tied == config.tie_word_embeddings
+    if a.family == "gpt2":
+        assert a.ffn_size == (config.n_inner or 4 * config.n_embd)
+        assert a.norm_eps == config.layer_norm_epsilon
+        assert (a.attention_dropout, a.hidden_dropout) == (config.attn_pdrop, config.resid_pdrop)
+        assert {"gelu_tanh": "gelu_new", "gelu": "gelu"}[a.activation] == config.activation_function
+        return
+    assert a.ffn_size == config.intermediate_size
+    names = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
+    assert a.norm_eps == next(getattr(config, name) for name in names if hasattr(config, name))
+    assert a.num_query_groups == config.num_key_value_heads
+    if not a.mla:  # where head_dim is another name for the rope dims
+        assert a.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    assert a.activation == {"gelu_pytorch_tanh": "gelu_tanh"}.get(config.hidden_act, config.hidden_act)
+    assert a.rope is not None
+    assert a.rope.theta == config.rope_parameters["rope_theta"]
+    kind = a.rope.scaling.kind if a.rope.scaling else "default"
+    assert kind == config.rope_parameters["rope_type"]
+    if a.rope.scaling:
+        assert a.rope.scaling.factor == config.rope_parameters["factor"]
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "layer_types", None) and "sliding_attention" not in config.layer_types:
+        window = None
+    assert a.window == window
+    if a.moe:
+        names = ("n_routed_experts", "num_local_experts", "num_experts")
+        assert a.moe.num_experts == next(getattr(config, name) for name in names if hasattr(config, name))
+        assert a.moe.top_k == config.num_experts_per_tok
+        assert a.moe.ffn_size == getattr(config, "moe_intermediate_size", config.intermediate_size)
+    if a.mla:
+        latent = (config.q_lora_rank, config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim)
+        assert latent == (a.mla.query_rank, a.mla.key_value_rank, a.mla.nope_dim, a.mla.rope_dim)
+        assert a.mla.value_dim == config.v_head_dim
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_absent_keys_have_the_defaults_of_transformers(name):
+    """A config.json that says nothing but the model_type."""
+    agree(FAMILIES[name].read_config({"model_type": name}), CONFIG_MAPPING[name]())
+
+
+def test_null_is_the_default_too():
+    assert read(config_of("gpt2", n_inner=None)).ffn_size == 256
+    assert read(config_of("llama", num_key_value_heads=None)).num_query_groups == 8
+    assert read(config_of("mistral", num_key_value_heads=None)).num_query_groups == 8
+    assert read(config_of("llama", rms_norm_eps=None)).norm_eps == 1e-6
+
+
+def test_windows():
+    assert read(config_of("mistral")).window == 8
+    assert read(config_of("mistral_nemo")).window is None
+    for name in ("qwen2", "qwen3"):
+        sliding = {"use_sliding_window": True, "sliding_window": 8}
+        assert read(config_of(name, **sliding, max_window_layers=0)).window == 8
+        assert read(config_of(name, **sliding, max_window_layers=4)).window is None
+        assert read(config_of(name, sliding_window=8)).window is None
+        types = ["sliding_attention"] * 4
+        a = read(config_of(name, **sliding, max_window_layers=2, layer_types=types))
+        assert a.window == 8
+        written = FAMILIES[name].write_config(a, "float32")
+        assert CONFIG_MAPPING[name].from_dict(written).layer_types == types
+        assert read(written) == a
+
+
+def test_biases_on_every_linear():
+    a = read(config_of("llama", attention_bias=True, mlp_bias=True))
+    assert a.linear_bias
+    assert read(FAMILIES["llama"].write_config(a, "float32")) == a
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ("llama", {"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope'"),
+        ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'"),
+        ("llama3", {"rope_scaling": {**CONFIGS["llama3"]["rope_scaling"], "low_freq_factor": 2.0}}, "fixes them"),
+        ("llama3", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
+        ("llama", {"rope_scaling": {"rope_type": "linear"}}, "'factor' is missing"),
+        ("llama", {"partial_rotary_factor": 0.5}, "rotates whole heads"),
+        ("llama", {"attention_bias": True}, "attention_bias and mlp_bias differ"),
+        ("llama", {"mlp_bias": True}, "attention_bias and mlp_bias differ"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "some layers have"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "use_sliding_window is off"),
+        ("mistral", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "changes from layer to layer"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
+        ("llama", {"quantization_config": {"bits": 4}}, "unknown method"),
+        ("llama", {"hidden_act": "gelu"}, "activation gelu"),
+        ("gpt2", {"activation_function": "relu"}, "activation relu"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scaled by the layer's number"),
+        ("gpt2", {"scale_attn_weights": False}, "not scaled"),
+        ("gpt2", {"add_cross_attention": True}, "cross attention"),
+    ],
+)
+def test_refusals_name_the_reason(name, changes, message):
+    with pytest.raises(UsageError, match=message) as error:
+        read(config_of(name, **changes))
+    assert error.value.where == "config.json"
+    assert error.value.what.startswith(f"this {CONFIGS[name]['model_type']} model cannot be converted")
+
+
+def test_a_value_that_is_none_of_the_known_ones():
+    with pytest.raises(UsageError, match="hidden_act cannot be read") as error:
+        read(config_of("llama", hidden_act="xielu"))
+    assert error.value.found == "'xielu'"
+    with pytest.raises(UsageError, match="rms_norm_eps cannot be read"):
+        read(config_of("llama", rms_norm_eps="small"))
+
+
+def test_an_unknown_architecture_names_the_known_ones():
+    with pytest.raises(UsageError, match="unknown architecture") as error:
+        family_of({"model_type": "bloom", "architectures": ["BloomForCausalLM"]})
+    for name in DENSE:
+        assert name in str(error.value.expected)
+    assert "bloom" in str(error.value.found)
+    assert family_of({"architectures": ["Qwen2ForCausalLM"]}).model_type == "qwen2"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tables
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_megatron_side_is_the_standard_one(name):
+    """Families differ on their own side alone: a checkpoint is resharded without knowing where it came from."""
+    a = read(CONFIGS[name])
+
+    def megatron_side(rules):
+        return {rule.megatron: (rule.equation.right, rule.tp, rule.tied_copy) for rule in rules}
+
+    rules = family_of(CONFIGS[name]).rules(a)
+    assert len({rule.megatron for rule in rules}) == len(rules)
+    assert megatron_side(rules) == megatron_side(standard(a))
+
+
+@pytest.mark.parametrize("name", IN_TRANSFORMERS)
+def test_tables_are_what_transformers_saves(name, tiny_model):
+    a = replace(read(CONFIGS[name]), mtp_layers=0)  # transformers leaves multi-token prediction out
+    layout = huggingface_layout(family_of(CONFIGS[name]).rules(a), axis_sizes(a))
+    expected = {piece.key(ids)[1]: layout.shape(piece) for piece in layout.pieces for ids in piece.ids()}
+    with (tiny_model(name) / "model.safetensors").open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    assert {key: tuple(entry["shape"]) for key, entry in header.items() if key != "__metadata__"} == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Megatron-LM's args
+
+
+def through_args(a: Architecture) -> Architecture:
+    args = to_args(a, Mesh(tp=2), padded=128, divisible_by=64, dtype="bfloat16", fmt="torch", spec="te")
+    return from_args(json.loads(json.dumps(args)))
+
+
+VARIANTS = {
+    **CONFIGS,
+    "biases": config_of("llama", attention_bias=True, mlp_bias=True),
+    "gelu": config_of("gpt2", activation_function="gelu"),
+    "untied": config_of("gpt2", tie_word_embeddings=False),
+    "sliding": config_of("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0),
+    "odd_theta": config_of("llama", rope_theta=12345.5),
+    "odd_factor": config_of("llama", rope_scaling={"rope_type": "linear", "factor": 2.5}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_args_say_the_same_model(name):
+    a = read(VARIANTS[name])
+    assert through_args(a) == a
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("llama", "llama"), ("llama3", "llama"), ("llama_linear", "llama"), ("llama_tied", "llama"),
+        ("mistral", "mistral"), ("mistral_nemo", "llama"), ("qwen2", "qwen2"), ("qwen2_tied", "qwen2"),
+        ("qwen3", "qwen3"), ("qwen3_tied", "qwen3"), ("gpt2", "gpt2"), ("biases", "llama"), ("gelu", "gpt2"),
+        ("untied", "gpt2"), ("sliding", "qwen2"),
+    ],
+)  # fmt: skip
+def test_a_family_that_can_express_it(name, family):
+    """Without a name the first that can; a named one if it can."""
+    a = replace(read(VARIANTS[name]), family="")
+    found = infer_family(a)
+    assert found.model_type == family
+    back = found.read_config(found.write_config(replace(a, family=family), "float32"))
+    assert describe_differences(replace(a, family=family), back, TRAINING_ONLY) == []
+    named = VARIANTS[name]["model_type"]
+    assert infer_family(a, named).model_type == named
+
+
+def test_a_model_of_no_family():
+    a = replace(read(CONFIGS["llama"]), norm="layer")
+    with pytest.raises(UsageError, match="no Hugging Face architecture") as error:
+        infer_family(a)
+    assert "llama: norm: layer and rms" in error.value.details
+    with pytest.raises(UsageError, match="no Hugging Face architecture"):
+        infer_family(replace(read(CONFIGS["qwen3"]), family=""), "llama")
+    with pytest.raises(UsageError, match="unknown family 'bloom'"):
+        infer_family(a, "bloom")
+
+
+def test_what_a_config_would_lose():
+    family, a = FAMILIES["llama"], read(CONFIGS["llama"])
+    assert family.lost(replace(a, window=8), family.write_config(a, "float32")) == ["window: 8 and None"]
+    assert family.lost(replace(a, attention_dropout=0.5), family.write_config(a, "float32")) == []
+    (reason,) = family.lost(a, config_of("llama", mlp_bias=True))
+    assert "differ" in reason
+    with pytest.raises(UsageError, match="cannot express") as error:
+        family.write_config(replace(a, qk_norm=True), "float32")
+    assert error.value.details == ("qk_norm: True and False",)
+
+
+def test_rope_kinds():
+    for rope in (
+        Rope(),
+        Rope(5e5, scaling=RopeScaling("llama3", 32.0)),
+        Rope(1e6, scaling=RopeScaling("linear", 4.0)),
+    ):
+        assert read_rope(write_rope(rope)) == rope
+    assert write_rope(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": None}, "do not say what model it is"),
+        ({"window_size": (7, 3)}, "not causal"),
+        ({"position_embedding_type": "relative"}, "position embedding is not converted"),
+        ({"squared_relu": True}, "squared ReLU"),
+        ({"apply_layernorm_1p": True}, "gamma - 1"),
+    ],
+)
+def test_args_that_are_refused(changes, message):
+    args = to_args(read(CONFIGS["llama"]), Mesh(), padded=128, divisible_by=1, dtype="float32", fmt="torch", spec="te")
+    with pytest.raises(CheckpointError, match=message):
+        from_args({**args, **changes})
