@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import convert
 
+from commands import convert
 from shardtool import tiny
 from shardtool.errors import UsageError
+
+# tiny models: a second thread costs more than it brings, and spins on the core that the oracle's processes need
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "tiny"
 

@@ -6,6 +6,8 @@ before every check has passed.
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,9 +26,11 @@ from shardtool.checkpoint.megatron import Megatron, read_megatron
 from shardtool.checkpoint.megatron_target import dist_target, legacy_target, rank_files
 from shardtool.checkpoint.opened import Opened
 from shardtool.checkpoint.padding import cut_rows, padding_rows
+from shardtool.checkpoint.structure import structure
 from shardtool.checkpoint.target import Target, resolve_dtypes, target_tensors
 from shardtool.errors import CheckpointError, UsageError
 from shardtool.execute import engine
+from shardtool.execute.ranks import Ranks, shares
 from shardtool.execute.staging import check_destination, staged, write_small
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import axis_sizes, standard
@@ -109,6 +113,8 @@ class Summary:
     ignored: int
     replicas_compared: int
     notes: tuple[str, ...]
+    peak_memory: int  # bytes, of all processes together
+    processes: int
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -124,8 +130,15 @@ def prepare_hf2megatron(src: Path, options: MegatronOptions) -> Prepared:
 
 
 def prepare_reshard(src: Path, options: MegatronOptions) -> Prepared:
-    """Megatron to Megatron in another layout; the iteration stays, and so does the format unless it is asked for."""
+    """Megatron to Megatron in another layout; the iteration stays, and so does the format unless it is asked for.
+
+    Where the args describe another structure than the tensors have, the tensors decide, and a note says so.
+    """
     source = read_megatron(src)
+    notes = _left_behind(source)
+    if differences := _differences(source):
+        notes += (f"the args and the tensors differ, the tensors were followed: {'; '.join(differences)}",)
+        source = replace(source, architecture=structure(source))
     spelling = source.spelling
     options = _filled(
         options,
@@ -140,7 +153,12 @@ def prepare_reshard(src: Path, options: MegatronOptions) -> Prepared:
     # rows that both layouts have room for are carried over as they are, also those beyond the vocabulary
     rules = standard(a)
     opened = source.open(rules, min(padded, source.padded_vocab))
-    return _to_megatron("reshard", opened, a, rules, options, source.save.iteration, _left_behind(source), source.args)
+    return _to_megatron("reshard", opened, a, rules, options, source.save.iteration, notes, source.args)
+
+
+def _differences(source: Megatron) -> list[str]:
+    """One line per field in which the model of the args and that of the tensors differ."""
+    return describe_differences(source.architecture, structure(source))
 
 
 def _to_megatron(
@@ -191,10 +209,18 @@ def _to_megatron(
     )  # fmt: skip
 
 
+# no tensor shows these: they are the source's, or they are left out
+NOT_IN_TENSORS = (
+    "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor",
+    "moe_router_num_groups", "moe_router_group_topk", "rope_type", "rotary_scaling_factor",
+    "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", FAMILY_NAME,
+)  # fmt: skip
+
+
 def _carry_run(args: dict[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
     """The args of the source run, with those that the new layout decides replaced. Only plain data is carried."""
     plain = {name: value for name, value in run.items() if _is_plain(value)}
-    kept = {name: value for name, value in args.items() if name != FAMILY_NAME or value}
+    kept = {name: value for name, value in args.items() if name in plain or name not in NOT_IN_TENSORS}
     progress = ("consumed_train_samples", "consumed_valid_samples", "seq_length", "moe_router_load_balancing_type")
     kept = {name: plain.get(name, value) if name in progress else value for name, value in kept.items()}
     return {**plain, **kept}
@@ -243,6 +269,13 @@ def prepare_megatron2hf(
     if dtype not in ("keep", *DTYPES):
         raise UsageError(f"--dtype {dtype!r} is not known", expected="keep, bf16, fp16 or fp32", found=dtype)
     notes = _left_behind(source)
+    if differences := _differences(source):
+        raise CheckpointError(
+            "the checkpoint's args describe another model than its tensors are",
+            where=str(source.save.directory),
+            details=tuple(f"{line} (args and tensors)" for line in differences),
+            hint="`shardtool reshard` goes by the tensors; config.json needs args that are right",
+        )
     family, a, given = _target_family(source, hf)
     if not given and not source.args.get("vocab_size"):
         notes += (
@@ -302,49 +335,105 @@ def execute(
     overwrite: bool = False,
     jobs: int = 2,
     progress: Callable[[int, str], None] | None = None,
+    durable: bool = True,
 ) -> Summary:
-    """Write a prepared conversion to DST: all of it, or nothing.
+    """Write a prepared conversion to DST: all of it, or nothing. With other ranks (execute.ranks), this rank's share.
 
-    Replicas in the source are compared with each other first; CheckpointError where they differ.
+    Replicas in the source are compared with each other first; CheckpointError where they differ. Without `durable`
+    nothing waits for the device.
     """
     started = time.monotonic()
     source = prepared.source
     check_destination(source.path, dst, overwrite=overwrite)
-    compared = _compare_replicas(source)
-    notes = prepared.notes + cut_rows(prepared.plan, source)
-    with staged(dst) as stage:
-        directory = stage / prepared.subdirectory
-        work = []
-        for task in engine.tasks(prepared.plan, lambda key: prepared.target.payload(key)[1].dtype):
-            file, payload = prepared.target.payload(task.key)
-            work.append((task, file, payload))
-        files = engine.Files(directory, prepared.target.skeletons)
-        try:
-            fills = padding_rows(prepared.plan, source, work)
-            written = engine.write(work, files, source.locate, fills=fills, jobs=jobs, progress=progress)
-        except BaseException:
-            files.close(sync=False)
-            raise
-        files.close(sync=True)
-        for name, data in prepared.target.last.items():
-            write_small(directory / name, data)
-        if prepared.companions is not None:
-            copied = copy_companions(prepared.companions, directory)
-            notes += (f"carried over: {', '.join(copied)}",) if copied else ()
-        for name, data in prepared.last.items():
-            write_small(stage / name, data)
+    digest = prepared.plan.digest()
+    ranks = Ranks(dst, digest)
+    if progress is not None:
+        ranks.on_progress = lambda count: progress(count, "other ranks")
+    if not ranks.first:
+        with ranks:
+            result = _write(prepared, Path(ranks.begin()), ranks, jobs, progress, durable)
+            ranks.report(result)
+        notes: tuple[str, ...] = ()
+    else:
+        notes = prepared.notes + cut_rows(prepared.plan, source)
+        with staged(dst) as stage, ranks:
+            ranks.begin(str(stage))
+            result = ranks.gather(_write(prepared, stage, ranks, jobs, progress, durable))
+            notes += _write_last(prepared, stage)
+            ranks.end()
     return Summary(
-        prepared.direction, str(source.path), str(dst), prepared.tensors, source.nbytes, written,
-        len(prepared.target.skeletons), time.monotonic() - started, prepared.plan.digest(), len(source.ignored), compared, notes,
+        prepared.direction, str(source.path), str(dst), prepared.tensors, result["read"], result["written"],
+        len(prepared.target.skeletons), time.monotonic() - started, digest, len(source.ignored), result["compared"],
+        notes, result["peak"], ranks.size,
     )  # fmt: skip
 
 
-def _compare_replicas(source: Opened) -> int:
-    """Compare what the source holds more than once; the number of elements compared."""
+def _write(
+    prepared: Prepared,
+    stage: Path,
+    ranks: Ranks,
+    jobs: int,
+    progress: Callable[[int, str], None] | None,
+    durable: bool,
+) -> dict[str, int]:
+    """Write this rank's share of the tensors: bytes read and written, replica elements compared, peak memory."""
+    source, target = prepared.source, prepared.target
+    compared = _compare_replicas(source, ranks.rank, ranks.size)
+    work = []
+    for task in engine.tasks(prepared.plan, lambda key: target.payload(key)[1].dtype):
+        work.append((task, *target.payload(task.key)))
+    fills = padding_rows(prepared.plan, source, work)
+    skeletons = target.skeletons
+    if ranks.size > 1:
+        # files that take from the same part of the source go to the same rank: it is read once
+        first = engine.first_places(work, source.locate, source.place)
+        order = sorted(skeletons, key=lambda name: first.get(name, ("", 0)))
+        of_rank = shares([(name, skeletons[name].size) for name in order], ranks.size)
+        work = [item for item in work if of_rank[item[1]] == ranks.rank]
+        skeletons = {name: skeleton for name, skeleton in skeletons.items() if of_rank[name] == ranks.rank}
+
+    def advance(count: int, file: str) -> None:
+        ranks.check()
+        ranks.written += count
+        if progress is not None:
+            progress(count, file)
+
+    files = engine.Files(stage / prepared.subdirectory, skeletons, durable=durable)
+    try:
+        traffic = engine.write(
+            work, files, source.locate, fills=fills, jobs=jobs, progress=advance, place=source.place
+        )  # fmt: skip
+    except BaseException:
+        files.close(sync=False)
+        raise
+    files.close(sync=True)
+    return {"read": traffic.read, "written": traffic.written, "compared": compared, "peak": peak_memory()}
+
+
+def _write_last(prepared: Prepared, stage: Path) -> tuple[str, ...]:
+    """Write what comes after the tensors: metadata, config, tokenizer, tracker. Returns what is to be said of it."""
+    directory, notes = stage / prepared.subdirectory, []
+    for name, data in prepared.target.last.items():
+        write_small(directory / name, data)
+    if prepared.companions is not None:
+        copied = copy_companions(prepared.companions, directory)
+        notes += [f"carried over: {', '.join(copied)}"] if copied else []
+    for name, data in prepared.last.items():
+        write_small(stage / name, data)
+    return tuple(notes)
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had, in bytes: its own pages and those of files that are mapped into it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _compare_replicas(source: Opened, rank: int = 0, size: int = 1) -> int:
+    """Compare what the source holds more than once; the number of elements compared (in this rank's share)."""
     twins = replicas(source.layout)
     if twins is None:
         return 0
-    compared, differences = engine.compare(twins, source.locate, source.locate)
+    compared, differences = engine.compare(twins, source.locate, source.locate, share=(rank, size))
     if differences:
         lines = [
             f"{item.key[1]} in {item.key[0] or source.path}: {item.elements} of {item.total} elements differ"

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from commands import command, convert, done
 from safetensors.torch import load_file, save_file
 
+from commands import command, convert, done
 from shardtool.families.registry import FAMILIES
 
 ROOT = Path(__file__).parents[2]

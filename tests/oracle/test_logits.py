@@ -6,6 +6,7 @@ shardtool. What passes here differs by rounding only: a ratio of 1e-5 is asked f
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -24,7 +25,18 @@ from shardtool import tiny
 from shardtool.errors import CheckpointError, UsageError
 from shardtool.families.architecture import Architecture, Rope, RopeScaling
 from shardtool.layout.mesh import Mesh
-from shardtool.verify import HuggingFaceSide, MegatronSide, PromptSet, compare_logits, get_pool, run_side
+from shardtool.verify import (
+    HuggingFaceSide,
+    Level,
+    Limits,
+    MegatronSide,
+    PromptSet,
+    VerifyReport,
+    compare_logits,
+    get_pool,
+    make_prompts,
+    run_side,
+)
 
 EXACT = 1e-5
 
@@ -140,21 +152,23 @@ def test_half_precision_is_judged_by_its_own_noise(pair: Pair) -> None:
     assert compare_logits(megatron, megatron, dtype="native").dtype == "fp32"
 
 
-KINDS = [
-    (version, kind, layout)
-    for version in ("0.14.0", "0.15.3", "0.16.1", "0.19.2", "0.19.2-te")
+KINDS = sorted(
+    path.parent.relative_to(DATA).parts
     for kind in ("dense", "tied")
-    for layout in ("torch", "torch_dist")
-    if (version, kind) != ("0.19.2-te", "tied")
-]
+    for path in DATA.glob(f"*/{kind}/*/latest_checkpointed_iteration.txt")
+)
 SAVED = Architecture("", 4, 32, 4, 2, 8, 48, VOCAB, 64, norm_eps=1e-6, rope=Rope(5e5))
 
 
 def saved(version: str, kind: str, layout: str, mesh: Mesh) -> MegatronSide:
-    directory = DATA / version / kind / layout
-    if not directory.exists():
-        pytest.skip(f"{directory} is not there")
-    return MegatronSide(directory, replace(SAVED, tied=kind == "tied", qkv_bias=kind == "tied"), mesh)
+    return MegatronSide(
+        DATA / version / kind / layout, replace(SAVED, tied=kind == "tied", qkv_bias=kind == "tied"), mesh
+    )
+
+
+def test_the_saved_checkpoints_are_there() -> None:
+    assert {"0.14.0", "0.15.3", "0.16.1", "0.19.2", "0.19.2-te"} <= {version for version, _, _ in KINDS}
+    assert {"torch", "torch_dist"} == {layout for _, _, layout in KINDS}
 
 
 @pytest.mark.parametrize(("version", "kind", "layout"), KINDS)
@@ -354,3 +368,32 @@ def test_a_dead_worker_is_an_error_not_a_hang(pair: Pair) -> None:
 def test_importing_verify_is_light() -> None:
     code = "import sys, shardtool.verify; print({'torch', 'transformers', 'megatron'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+# --- prompts and the report ------------------------------------------------------------------------------------------
+
+
+def test_prompts_reach_beyond_the_limits_that_fit() -> None:
+    made = make_prompts(Limits(1000, 4096, window=40, original_max_positions=2048), max_tokens=256, lengths=(1, 7, 33))
+    assert sorted(map(len, made.prompts)) == [1, 7, 33, 48]
+    assert made.coverage[0] == "89 of 1000 embedding rows"
+    assert made.coverage[1].startswith("covers the attention window")
+    assert made.coverage[2].startswith("does not cover the unscaled rope positions")
+    assert make_prompts(Limits(1000, 4096)) == make_prompts(Limits(1000, 4096))
+    assert make_prompts(Limits(1000, 4096), seed=1) != make_prompts(Limits(1000, 4096))
+    assert max(map(len, make_prompts(Limits(10, 5)).prompts)) == 5
+    with pytest.raises(UsageError):
+        make_prompts(Limits(1000, 4096), max_tokens=0)
+
+
+def test_the_report_says_what_was_asked_and_answered(pair: Pair) -> None:
+    hf, megatron = pair("llama")
+    level = compare_logits(hf, megatron).level()
+    report = VerifyReport("x", "y", (Level("exact", None), level))
+    assert report.exit_code == 0
+    assert json.loads(json.dumps(report.as_dict()))["levels"][1]["threshold"] == 1e-4
+    assert report.lines()[-1] == "the same model"
+    assert any("do both models compute the same function? yes" in line for line in report.lines())
+    assert VerifyReport("x", "y", (Level("exact", False), level)).exit_code == 1
+    nothing = VerifyReport("x", "y", (Level("exact", None),))
+    assert (nothing.exit_code, nothing.lines()[-1]) == (1, "nothing was compared")

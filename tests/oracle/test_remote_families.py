@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from commands import command, convert, done
 from faults import edit_args, edit_tensors
-from safetensors.torch import load_file, save_file
 
 State = dict[str, torch.Tensor]
 LAYERS, HEADS, GROUPS, DIM = 4, 8, 4, 8

@@ -69,7 +69,7 @@ def open_huggingface(path: Path) -> HuggingFace:
     layout = huggingface_layout(rules, axis_sizes(architecture), present=stored.keys())
     found: dict[Key, Header] = {("", name, ()): Header(item.shape, item.dtype) for name, item in stored.items()}
     ignored = account(layout, found, str(path), family.ignored)
-    headers = {key: found[key] for key, _ in layout.keys()}
+    headers = {key: found[key] for key, _ in layout.tensors()}
     opened = Opened(path, architecture, layout, headers, lambda key: stored[key[1]], ignored)
     return HuggingFace(config, family, opened)
 

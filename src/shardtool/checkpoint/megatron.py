@@ -53,6 +53,7 @@ class Megatron:
     global_shapes: Mapping[str, tuple[int, ...]]
     ignored: tuple[str, ...]  # no weights: _extra_state and buffers
     not_converted: tuple[str, ...]  # state beside the model: optimizer, rng, ...
+    place: Callable[[Key], tuple[str, int]] | None = None  # see Opened
 
     @property
     def dtype(self) -> str:
@@ -91,8 +92,8 @@ class Megatron:
         self._check_global_shapes(rules, a)
         layout = self.layout(rules, axis_sizes(a))
         ignored = account(layout, self.headers, str(self.save.directory), IGNORED)
-        headers = {key: self.headers[key] for key, _ in layout.keys()}
-        return Opened(self.path, a, layout, headers, self.locate, (*self.ignored, *ignored))
+        headers = {key: self.headers[key] for key, _ in layout.tensors()}
+        return Opened(self.path, a, layout, headers, self.locate, (*self.ignored, *ignored), self.place)
 
     def _check_global_shapes(self, rules: tuple[Rule, ...], a: Architecture) -> None:
         """torch_dist: the whole tensors have the shapes of the model; chunks alone could hide a missing layer."""
@@ -266,7 +267,8 @@ def _chunks(
             local = {int(match[1]) for match in matches if match}
             size = 1 + max(local, default=-1)
             last = (vpp, pp) == (count - 1, mesh.pp - 1)
-            found.append(Chunk(pp, vpp, tuple(range(start, start + size)), (vpp, pp) == (0, 0), last))
+            mtp = any(name.startswith("mtp.") for name in names)
+            found.append(Chunk(pp, vpp, tuple(range(start, start + size)), (vpp, pp) == (0, 0), last, mtp))
             start += size
     if start != num_layers:
         stages = ", ".join(f"stage {chunk.pp}: {len(chunk.layers)}" for chunk in found)
@@ -311,6 +313,25 @@ def _read_dist(path: Path, save: Iteration) -> Megatron:
     return Megatron(
         path, replace(save, iteration=None if save.release else iteration), "torch_dist", args,
         _vocabulary(architecture, args, padded), mesh_from_args(args), (),
-        Spelling("local" if args.get("transformer_impl") == "local" else "te"), padded, headers,
+        Spelling(_dist_spec(shapes, args)), padded, headers,
         lambda key: torch_dist.chunk_payload(refs[key]), {}, shapes, tuple(objects), tuple(groups),
+        lambda key: (refs[key].blob.file, refs[key].blob.offset),
     )  # fmt: skip
+
+
+def _dist_spec(names: Iterable[str], args: Mapping[str, Any]) -> str:
+    """The layer spec that saved a checkpoint: as its norms are named, where they tell, else as the args say.
+
+    Transformer Engine's keys have latent attention's norms fused and the norm before experts alone, the local spec's
+    the other way round; a converted checkpoint has both.
+    """
+    held = set(names)
+    te = any(name.endswith("_up_proj.layer_norm_weight") for name in held)
+    local = any(name.endswith(".self_attention.kv_layernorm.weight") for name in held)
+    for router in [] if te or local else [name for name in held if name.endswith(".mlp.router.weight")]:
+        layer = router.removesuffix("mlp.router.weight")
+        te |= layer + "pre_mlp_layernorm.weight" in held
+        local |= layer + "mlp.linear_fc1.layer_norm_weight" in held
+    if te != local:
+        return "te" if te else "local"
+    return "local" if args.get("transformer_impl") == "local" else "te"

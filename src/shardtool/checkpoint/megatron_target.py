@@ -128,11 +128,10 @@ def _extra_objects(rules: Sequence[Rule], a: Architecture) -> list[str]:
         for key in (rule.megatron, *rule.dist_aliases):
             module, _, leaf = key.rpartition(".")
             kind = module.rpartition(".")[2]
-            if leaf in ("weight", "weight{e}") and (
-                kind.startswith("linear_") or kind.endswith("norm") or kind == "eh_proj"
-            ):
-                names.update(dict.fromkeys(_extra_instances(rule, module, a)))
-            elif leaf == "layer_norm_weight":  # a fused norm stands alone in the other spec
+            if (
+                leaf in ("weight", "weight{e}")
+                and (kind.startswith("linear_") or kind.endswith("norm") or kind == "eh_proj")
+            ) or leaf == "layer_norm_weight":
                 names.update(dict.fromkeys(_extra_instances(rule, module, a)))
     return list(names)
 

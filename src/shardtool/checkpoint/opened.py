@@ -33,7 +33,8 @@ class Opened:
     """One side of a conversion, on disk.
 
     `headers` has every tensor of the layout, `locate` finds a tensor's payload. `ignored` names what is in the files
-    and carries no weights (buffers, `_extra_state`).
+    and carries no weights (buffers, `_extra_state`). `place` is the file and about the offset of a tensor, where
+    locating it has to read.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Opened:
     headers: Mapping[Key, Header]
     locate: Callable[[Key], Stored]
     ignored: tuple[str, ...] = ()
+    place: Callable[[Key], tuple[str, int]] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -66,8 +68,8 @@ def account(layout: Layout, found: Mapping[Key, Header], where: str, ignore: Ite
     expected: dict[Key, tuple[int, ...]] = {}
     for piece in layout.pieces:
         shape = layout.shape(piece)
-        for ids in piece.ids():
-            expected[piece.key(ids)] = shape
+        for _, key in piece.keyed():
+            expected[key] = shape
     missing = [key for key in expected if key not in found]
     wrong = [key for key, shape in expected.items() if key in found and found[key].shape != shape]
     extra = [key for key in found if key not in expected]
@@ -94,7 +96,7 @@ def account(layout: Layout, found: Mapping[Key, Header], where: str, ignore: Ite
 
 
 def _shown(key: Key) -> str:
-    file, name, part = key
+    file, name, _ = key
     return f"{name} in {file}" if file else name
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from shardtool.checkpoint.opened import Opened
 from shardtool.execute import engine
 from shardtool.execute.tiles import Workspace, numpy_dtype
@@ -19,6 +17,8 @@ def padding_rows(plan: Plan, source: Opened, work: Sequence[tuple[engine.Task, s
     """The bytes of one padding row per target tensor, where padding is the mean of the vocabulary's rows."""
     if plan.pad != "mean" or not plan.fills:
         return {}
+    import numpy as np  # noqa: PLC0415 - only where there is padding to look at
+
     padded = {id(fill.piece) for fill in plan.fills}
     rules = {fill.piece.rule for fill in plan.fills}
     space, rows = Workspace(), {}
@@ -27,7 +27,7 @@ def padding_rows(plan: Plan, source: Opened, work: Sequence[tuple[engine.Task, s
             held = [(task, payload) for task, _, payload in work if task.piece.rule == rule and not task.piece.replica]
             total, count = np.zeros(held[0][0].shape[1], np.float64), 0
             for task, _ in held:
-                real = sum(copy.volume for copy, _ in task.copies) // task.shape[1]
+                real = sum(part.copy.volume for part in task.sources) // task.shape[1]
                 total += _row_sum(space, task, source, real)
                 count += real
             mean = (total / count).astype(np.float32)
@@ -41,10 +41,12 @@ def padding_rows(plan: Plan, source: Opened, work: Sequence[tuple[engine.Task, s
 
 def _row_sum(space: Workspace, task: engine.Task, source: Opened, real: int) -> Any:
     """The sum of the first `real` rows of a task's tensor, in float64."""
+    import numpy as np  # noqa: PLC0415 - only where there is padding to look at
+
     width = task.shape[1]
     total = np.zeros(width, np.float64)
-    for low, tile in engine.assemble(space, task, source.locate):
-        values = tile.view(numpy_dtype(task.dtype, values=True)).astype(np.float64)
+    for low, tile in engine.assemble(space, task, engine.moves(task, source.locate)):
+        values = np.frombuffer(tile, numpy_dtype(task.dtype, values=True)).astype(np.float64)
         flat = np.arange(low, low + len(values))
         keep = flat < real * width
         np.add.at(total, flat[keep] % width, values[keep])
@@ -56,6 +58,10 @@ def cut_rows(plan: Plan, source: Opened) -> tuple[str, ...]:
 
     Padding is zeros or a repeat of one row; trained padding rows are neither, and dropping them loses something.
     """
+    if not plan.cuts:
+        return ()
+    import numpy as np  # noqa: PLC0415 - only where there is padding to look at
+
     notes = []
     rows: dict[str, list[Any]] = {}
     space = Workspace()
@@ -66,8 +72,8 @@ def cut_rows(plan: Plan, source: Opened) -> tuple[str, ...]:
             stored = source.locate(cut.piece.key(()))
             dtype = numpy_dtype(stored.dtype, values=True)
             buffer = space.buffer("span", cut.volume * dtype.itemsize)
-            space.read_into(stored.file, stored.offset + cut.offset * dtype.itemsize, memoryview(buffer))
-            rows.setdefault(cut.piece.name, []).append(np.array(buffer.view(dtype)).reshape(cut.shape))
+            space.read_into(stored.file, stored.offset + cut.offset * dtype.itemsize, buffer)
+            rows.setdefault(cut.piece.name, []).append(np.array(np.frombuffer(buffer, dtype)).reshape(cut.shape))
     finally:
         space.close()
     for name, parts in rows.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from shardtool.checkpoint.opened import Header
 from shardtool.errors import CheckpointError
@@ -13,8 +14,7 @@ from shardtool.layout.layout import Key, Piece
 from shardtool.plan.plan import Plan
 
 
-@dataclass(frozen=True, slots=True)
-class TargetTensor:
+class TargetTensor(NamedTuple):
     """A tensor to write."""
 
     key: Key
@@ -47,7 +47,7 @@ def target_tensors(plan: Plan, dtypes: Mapping[int, str]) -> list[TargetTensor]:
     found = []
     for piece in plan.dst.pieces:
         shape, dtype = plan.dst.shape(piece), dtypes[id(piece)]
-        found += [(ids, TargetTensor(piece.key(ids), piece, shape, dtype)) for ids in piece.ids()]
+        found += [(ids, TargetTensor(key, piece, shape, dtype)) for ids, key in piece.keyed()]
     found.sort(key=lambda item: _order(item[1].piece, item[0]))
     return [tensor for _, tensor in found]
 
@@ -63,9 +63,10 @@ def _order(piece: Piece, ids: tuple[int, ...]) -> tuple[int, tuple[int, ...], st
 def resolve_dtypes(plan: Plan, headers: Mapping[Key, Header], cast: str | None) -> dict[int, str]:
     """The dtype of every target piece: `cast`, or that of its sources.
 
-    Rules that keep their dtype are not cast. CheckpointError where sources of different dtypes meet in one tensor and no `cast` says what it shall be.
+    Rules that keep their dtype are not cast. CheckpointError where sources of different dtypes meet in one tensor
+    and no `cast` says what it shall be.
     """
-    of_source = {id(piece): {headers[piece.key(ids)].dtype for ids in piece.ids()} for piece in plan.src.pieces}
+    of_source = {id(piece): {headers[key].dtype for _, key in piece.keyed()} for piece in plan.src.pieces}
     found: dict[int, set[str]] = {id(piece): set() for piece in plan.dst.pieces}
     of_rule: dict[int, set[str]] = defaultdict(set)
     for copy in plan.copies:

@@ -22,6 +22,7 @@ class Settings:
     quiet: bool = False
     verbose: bool = False
     debug: bool = False
+    answered: bool = False  # a result has been printed
 
 
 SETTINGS = Settings()
@@ -29,6 +30,7 @@ SETTINGS = Settings()
 
 def result(data: dict[str, Any], lines: Iterable[str]) -> None:
     """The result of a command: `data` with --json, else `lines`."""
+    SETTINGS.answered = True
     if SETTINGS.json:
         sys.stdout.write(json.dumps(data, indent=2) + "\n")
     else:
@@ -57,7 +59,7 @@ def size(count: float) -> str:
 def progress(total: int, what: str) -> Iterator[Callable[[int, str], None]]:
     """Progress in bytes on stderr: a bar with rate and time left on a terminal, else a line every 30 s."""
     if SETTINGS.quiet:
-        yield lambda count, file: None
+        yield lambda _count, _file: None
     elif sys.stderr.isatty():
         yield from _bar(total, what)
     else:

@@ -69,7 +69,7 @@ def hf2megatron(
     tp: Tp = 1, pp: Pp = 1, vpp: Vpp = 1, ep: Ep = 1, etp: Etp = None,
     first_stage_layers: First = None, last_stage_layers: Last = None, pipeline_layout: PipelineLayout = None,
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
-    format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te,  # noqa: A002 - the option's name
+    format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te,
     experts: ExpertsOption = Experts.grouped, mtp_name: MtpOption = MtpName.mtp_model_layer, dtype: DtypeOption = Dtype.keep,
     vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
@@ -107,7 +107,7 @@ def reshard(
     tp: Tp = 1, pp: Pp = 1, vpp: Vpp = 1, ep: Ep = 1, etp: Etp = None,
     first_stage_layers: First = None, last_stage_layers: Last = None, pipeline_layout: PipelineLayout = None,
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
-    format: MaybeFormat = None, spec: MaybeSpec = None,  # noqa: A002 - the option's name
+    format: MaybeFormat = None, spec: MaybeSpec = None,
     experts: MaybeExperts = None, mtp_name: MaybeMtp = None, dtype: DtypeOption = Dtype.keep,
     vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
@@ -130,7 +130,7 @@ def plan_hf2megatron(
     tp: Tp = 1, pp: Pp = 1, vpp: Vpp = 1, ep: Ep = 1, etp: Etp = None,
     first_stage_layers: First = None, last_stage_layers: Last = None, pipeline_layout: PipelineLayout = None,
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
-    format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te,  # noqa: A002 - the option's name
+    format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te,
     experts: ExpertsOption = Experts.grouped, mtp_name: MtpOption = MtpName.mtp_model_layer, dtype: DtypeOption = Dtype.keep,
     vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
@@ -164,7 +164,7 @@ def plan_reshard(
     tp: Tp = 1, pp: Pp = 1, vpp: Vpp = 1, ep: Ep = 1, etp: Etp = None,
     first_stage_layers: First = None, last_stage_layers: Last = None, pipeline_layout: PipelineLayout = None,
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
-    format: MaybeFormat = None, spec: MaybeSpec = None,  # noqa: A002 - the option's name
+    format: MaybeFormat = None, spec: MaybeSpec = None,
     experts: MaybeExperts = None, mtp_name: MaybeMtp = None, dtype: DtypeOption = Dtype.keep,
     vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
@@ -207,20 +207,27 @@ def _options(
 
 
 def _execute(prepared: convert.Prepared, dst: Path, overwrite: bool, jobs: int) -> None:
-    from shardtool import convert  # noqa: PLC0415 - numpy and the engine are not needed for --help
+    from shardtool import convert  # noqa: PLC0415 - the engine is not needed for --help
+    from shardtool.execute.ranks import place  # noqa: PLC0415
 
     total = sum(
         payload.nbytes for skeleton in prepared.target.skeletons.values() for payload in skeleton.payload.values()
     )
+    rank, ranks = place()
+    if rank > 0:  # the first rank speaks for all
+        convert.execute(prepared, dst, overwrite=overwrite, jobs=jobs)
+        return
     console.say(
         f"{prepared.direction}: {prepared.source.path} -> {dst}, {prepared.tensors} tensors, {console.size(total)}"
+        + (f", {ranks} processes" if ranks > 1 else "")
     )
     with console.progress(total, prepared.direction) as advance:
         summary = convert.execute(prepared, dst, overwrite=overwrite, jobs=jobs, progress=advance)
     rate = summary.bytes_written / summary.seconds if summary.seconds else 0
     lines = [
-        f"{summary.dst}: {summary.tensors} tensors in {summary.files} files, {console.size(summary.bytes_written)} "
-        f"in {summary.seconds:.1f} s ({console.size(rate)}/s)",
+        f"{summary.dst}: {summary.tensors} tensors in {summary.files} files, {console.size(summary.bytes_read)} read, "
+        f"{console.size(summary.bytes_written)} written in {summary.seconds:.1f} s ({console.size(rate)}/s), "
+        f"peak memory {console.size(summary.peak_memory)}",
         *(f"note: {note}" for note in summary.notes),
     ]
     if summary.direction != "megatron2hf":

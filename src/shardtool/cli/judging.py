@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from shardtool.errors import CheckpointError, UsageError
 from shardtool.layout.mesh import Mesh
 
 
-class Precision(str, Enum):
+class Precision(StrEnum):
     """The dtype in which both models compute."""
 
     fp32 = "fp32"

@@ -46,7 +46,7 @@ judging.register(app)
 def run(arguments: list[str] | None = None) -> None:
     """The entry point: exit 0 done or same, 1 the checkpoint is wrong or differs, 2 wrong usage or environment."""
     given = sys.argv[1:] if arguments is None else arguments
-    console.SETTINGS.quiet = console.SETTINGS.verbose = console.SETTINGS.debug = False
+    vars(console.SETTINGS).update(vars(console.Settings()))
     console.SETTINGS.json = "--json" in given  # for an error before the options are read
     try:
         code = app(given, standalone_mode=False)
@@ -87,5 +87,5 @@ def _usage(error: Exception) -> ShardtoolError:
 
 def _report(error: ShardtoolError) -> None:
     sys.stderr.write(f"error: {error}\n")
-    if console.SETTINGS.json:
+    if console.SETTINGS.json and not console.SETTINGS.answered:  # a result says itself what is wrong
         sys.stdout.write(json_module.dumps(error.as_dict(), indent=2) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,38 +16,38 @@ from shardtool.errors import UsageError
 from shardtool.layout.mesh import Mesh
 
 LAYOUT, OUTPUT, COMMON = "Parallel layout", "Output", "Common"
-WORKER_BYTES = 6 << 20  # the buffers of one worker thread: a tile, and the span that it is gathered from
+WORKER_BYTES = 9 << 20  # the buffers of one worker thread: two tiles, the rows of a scatter, the span of a gather
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     """Megatron checkpoint formats."""
 
     torch = "torch"
     torch_dist = "torch_dist"
 
 
-class Spec(str, Enum):
+class Spec(StrEnum):
     """megatron-core layer specs."""
 
     te = "te"
     local = "local"
 
 
-class Experts(str, Enum):
+class Experts(StrEnum):
     """How per-rank files name experts."""
 
     grouped = "grouped"
     sequential = "sequential"
 
 
-class MtpName(str, Enum):
+class MtpName(StrEnum):
     """The layer inside a multi-token-prediction layer of per-rank files."""
 
     mtp_model_layer = "mtp_model_layer"
     transformer_layer = "transformer_layer"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Dtypes of converted tensors."""
 
     keep = "keep"
@@ -56,7 +56,7 @@ class Dtype(str, Enum):
     fp32 = "fp32"
 
 
-class VocabPad(str, Enum):
+class VocabPad(StrEnum):
     """What fills rows of the padded vocabulary."""
 
     zeros = "zeros"
@@ -133,7 +133,9 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.", callb
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more.", callback=_set("verbose"), is_eager=True, rich_help_panel=COMMON)]
 # fmt: on
 
-DEFAULT_JOBS = min(4, os.cpu_count() or 1)
+# processes on one machine share its cores; torchrun tells how many there are
+_LOCAL = os.environ.get("LOCAL_WORLD_SIZE", "1")
+DEFAULT_JOBS = max(1, min(4, (os.cpu_count() or 1) // (int(_LOCAL) if _LOCAL.isdecimal() and int(_LOCAL) else 1)))
 
 
 def mesh(

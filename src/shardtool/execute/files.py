@@ -18,6 +18,8 @@ _PAGE = 4096
 _WRITE_OUT = 2  # SYNC_FILE_RANGE_WRITE: start writing dirty pages, wait for nothing
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = getattr(_libc, "fallocate", None)  # Linux only, as the next
+_sync_file_range = getattr(_libc, "sync_file_range", None)
 
 
 class Files:
@@ -30,7 +32,8 @@ class Files:
         self._durable = durable
         self._lock = threading.Lock()
         self._descriptors: dict[str, int] = {}
-        self._held: dict[str, dict[int, bytearray | bytes]] = {}
+        self._held: dict[str, dict[int, bytes]] = {}
+        self._last: dict[str, tuple[int, bytes | bytearray]] = {}
         self._sync = _Sync() if durable else None
         _allow_open_files()
         try:
@@ -47,12 +50,15 @@ class Files:
         try:
             if skeleton.size:
                 _allocate(descriptor, skeleton.size)
-            held: dict[int, bytearray | bytes] = dict(skeleton.parts)
+            held = dict(skeleton.parts)
             if 0 in held:
                 _write(descriptor, held.pop(0), 0)
         except BaseException:
             os.close(descriptor)
             raise
+        if held:
+            last = max(held)
+            self._last[name] = (last, held.pop(last))
         self._held[name] = held
         if len(self._descriptors) < OPEN_FILES:
             self._descriptors[name] = descriptor
@@ -68,29 +74,36 @@ class Files:
                     found = self._descriptors[name] = os.open(self._directory / name, os.O_RDWR)
         return found
 
-    def write(self, name: str, data: bytes | memoryview, offset: int) -> None:
+    def write(self, name: str, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write bytes at an offset of a file."""
         _write(self._descriptor(name), data, offset)
 
-    def take(self, name: str, offset: int, most: int) -> bytes | bytearray | None:
-        """The part of the skeleton that begins at `offset`, if it has at most `most` bytes: the caller writes it."""
-        held = self._held[name]
-        part = held.get(offset)
-        if part is None or len(part) > most:
-            return None
-        return held.pop(offset, None)
+    def write_both(self, name: str, data: memoryview, more: bytearray, offset: int) -> None:
+        """Write bytes at an offset of a file, and more behind them."""
+        done = os.pwritev(self._descriptor(name), (data, more), offset)
+        if done < len(data) + len(more):
+            self.write(name, data[done:], offset + done)
+            self.write(name, more[max(0, done - len(data)) :], offset + max(done, len(data)))
+
+    def take(self, name: str, offset: int) -> bytes | None:
+        """The part of the skeleton that begins at `offset`: the caller writes it, behind the payload that ends there.
+
+        None where there is none, and for the last part, which waits for the checksums of all payloads.
+        """
+        return self._held[name].pop(offset, None)
 
     def patch(self, name: str, data: bytes, offset: int) -> None:
-        """Change bytes of the skeleton: in a part that waits for the end, else in the file."""
+        """Change bytes of the skeleton: in the last part, which is still held, or in the file."""
+        start, part = self._last.get(name, (offset + 1, b""))
+        if offset < start:
+            self.write(name, data, offset)
+            return
         with self._lock:
-            held = self._held[name]
-            for start, part in held.items() if len(held) < 4 else ():
-                if start <= offset and offset + len(data) <= start + len(part):
-                    if not isinstance(part, bytearray):
-                        part = held[start] = bytearray(part)  # noqa: PLW2901 - the part is replaced by its copy
-                    part[offset - start : offset - start + len(data)] = data
-                    return
-        self.write(name, data, offset)
+            start, part = self._last[name]
+            if isinstance(part, bytes):
+                part = bytearray(part)
+                self._last[name] = (start, part)
+            part[offset - start : offset - start + len(data)] = data
 
     def written(self, name: str, low: int, high: int) -> None:
         """Bytes that will not change any more: they may go to the device."""
@@ -108,7 +121,9 @@ class Files:
             os.close(descriptor)
 
     def _write_held(self, name: str) -> None:
-        for offset, part in self._held.pop(name, {}).items():
+        parts: dict[int, bytes | bytearray] = dict(self._held.pop(name, {}))
+        parts.update([self._last.pop(name)] if name in self._last else [])
+        for offset, part in parts.items():
             self.write(name, part, offset)
 
     def close(self, *, sync: bool) -> None:
@@ -127,6 +142,7 @@ class Files:
                 os.close(descriptor)
             self._descriptors.clear()
             self._held.clear()
+            self._last.clear()
 
 
 class _Sync:
@@ -154,8 +170,8 @@ class _Sync:
                     if not self._discard and self._error is None:
                         os.fsync(descriptor)
                     os.close(descriptor)
-                elif not self._discard:
-                    _libc.sync_file_range(
+                elif not self._discard and _sync_file_range is not None:
+                    _sync_file_range(
                         descriptor, ctypes.c_int64(low), ctypes.c_int64(high - low), ctypes.c_uint(_WRITE_OUT)
                     )  # a hint: fsync is what counts, and reports errors
             except OSError as error:
@@ -180,13 +196,15 @@ def _allow_open_files() -> None:
 def _allocate(descriptor: int, size: int) -> None:
     """Reserve a file's blocks and set its size; only the size where the file system cannot (a hole reads as zeros).
 
-    Not os.posix_fallocate, which writes every block where the file system cannot reserve. OSError when the disk is full.
+    Not os.posix_fallocate, which writes every block where the file system cannot reserve. OSError on a full disk.
     """
-    if _libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+    if _fallocate is not None:
+        if _fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
+            return
         code = ctypes.get_errno()
         if code in _FULL:
             raise OSError(code, os.strerror(code))
-        os.ftruncate(descriptor, size)
+    os.ftruncate(descriptor, size)
 
 
 def _write(descriptor: int, data: bytes | bytearray | memoryview, offset: int) -> None:

@@ -1,25 +1,30 @@
-"""One target tensor, tile by tile: which part of which copy falls into a tile, and how its bytes get there."""
+"""One target tensor, tile by tile: which part of which copy falls into a tile, and how its bytes get there.
+
+Bytes that only move are put in place by the kernel: one preadv over many pieces of a buffer. numpy is imported when
+elements are rearranged one by one or converted; a conversion without that starts sooner.
+"""
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from math import prod
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from shardtool.errors import CheckpointError
 from shardtool.formats.stored import ITEMSIZE
 from shardtool.layout.equation import nested_boxes
 
 TILE_BYTES = 1 << 20  # larger buffers leave the cache and are slower
+IOV_MAX = 1024  # pieces that one preadv fills
+KEPT_ROWS = 64  # lists of such pieces that a worker keeps
+ROW_BYTES = 64  # rows from here on are placed by preadv, shorter ones copied
+GAP_BYTES = 16 << 10  # read over gaps up to this long between rows rather than row by row
 SPAN_FACTOR = 4  # read up to this many times the wanted bytes at once rather than in many small pieces
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(NamedTuple):
     """A strided copy with its source found: elements of `dtype` in `file` from byte `start`. Offsets count elements."""
 
     file: str
@@ -34,28 +39,38 @@ class Move:
 
 def numpy_dtype(name: str, *, values: bool) -> Any:
     """The numpy dtype of a torch dtype name. Without `values` only the width matters, and no extension is imported."""
+    import numpy as np  # noqa: PLC0415 - see above
+
     if not values:
         return np.dtype(f"u{ITEMSIZE[name]}")
-    if hasattr(np, name) and name != "bool":
-        return np.dtype(name)
     if name == "bool":
         return np.dtype(bool)
-    import ml_dtypes  # noqa: PLC0415 - only casts need it
+    if hasattr(np, name):
+        return np.dtype(name)
+    import ml_dtypes  # noqa: PLC0415 - only where values are converted
 
     return np.dtype(getattr(ml_dtypes, name))
 
 
 def coalesce(move: Move) -> Move:
     """The same copy with neighbouring axes merged where both sides run on."""
-    dims = [d for d in zip(move.shape, move.src_strides, move.dst_strides, strict=True) if d[0] != 1]
+    shape, src_strides, dst_strides = coalesced(move.shape, move.src_strides, move.dst_strides)
+    return move._replace(shape=shape, src_strides=src_strides, dst_strides=dst_strides)
+
+
+def coalesced(
+    shape: tuple[int, ...], src_strides: tuple[int, ...], dst_strides: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of a copy with neighbouring axes merged where both sides run on."""
     merged: list[tuple[int, int, int]] = []
-    for size, src, dst in dims:
+    for size, src, dst in zip(shape, src_strides, dst_strides, strict=True):
+        if size == 1:
+            continue
         if merged and merged[-1][1] == src * size and merged[-1][2] == dst * size:
             merged[-1] = (merged[-1][0] * size, src, dst)
         else:
             merged.append((size, src, dst))
-    shape, src_strides, dst_strides = (tuple(d[i] for d in merged) for i in range(3))
-    return Move(move.file, move.start, move.dtype, shape, move.src_offset, src_strides, move.dst_offset, dst_strides)
+    return tuple([d[0] for d in merged]), tuple([d[1] for d in merged]), tuple([d[2] for d in merged])
 
 
 def clip(move: Move, low: int, high: int) -> Iterator[Move]:
@@ -83,34 +98,70 @@ def clip(move: Move, low: int, high: int) -> Iterator[Move]:
         )
 
 
-class Workspace:
-    """The buffers and the open source files of one worker thread."""
+class Sources:
+    """Source files, opened once and read from by all threads."""
 
     def __init__(self) -> None:
-        self.tile = np.empty(0, np.uint8)
-        self.span = np.empty(0, np.uint8)
-        self._files: dict[str, int] = {}
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
 
-    def buffer(self, name: str, size: int) -> Any:
+    def descriptor(self, file: str) -> int:
+        """The file's descriptor; CheckpointError when it cannot be opened."""
+        found = self._descriptors.get(file)
+        if found is None:
+            with self._lock:
+                found = self._descriptors.get(file)
+                if found is None:
+                    try:
+                        found = os.open(file, os.O_RDONLY)
+                    except OSError as error:
+                        raise CheckpointError("a source file cannot be opened", where=file, found=str(error)) from error
+                    self._descriptors[file] = found
+        return found
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+class Workspace:
+    """The buffers of one worker thread, and the source files that it reads: its own, or those that threads share."""
+
+    def __init__(self, sources: Sources | None = None) -> None:
+        self.bytes_read = 0
+        self._sources = sources or Sources()
+        self._own = sources is None
+        self._buffers: dict[str, memoryview] = {}
+        self._rows: dict[tuple[str, int, int, int, int], list[memoryview]] = {}
+
+    def buffer(self, name: str, size: int) -> memoryview:
         """A reused buffer of at least `size` bytes, as a view of exactly that many."""
-        held = getattr(self, name)
-        if len(held) < size:
-            held = np.empty(size, np.uint8)
-            setattr(self, name, held)
+        held = self._buffers.get(name)
+        if held is None or len(held) < size:
+            held = self._buffers[name] = memoryview(bytearray(size))
+            self._rows.clear()
         return held[:size]
+
+    def rows(self, name: str, start: int, count: int, size: int, stride: int) -> list[memoryview]:
+        """Views of `count` rows of a buffer, `size` bytes each and `stride` apart, kept for the next time."""
+        key = (name, start, count, size, stride)
+        found = self._rows.get(key)
+        if found is None:
+            if len(self._rows) >= KEPT_ROWS:
+                self._rows.clear()
+            held = self._buffers[name]
+            found = [held[at : at + size] for at in range(start, start + count * stride, stride)]
+            self._rows[key] = found
+        return found
 
     def read_into(self, file: str, offset: int, target: memoryview) -> None:
         """Fill `target` with the bytes of a file from `offset` on; CheckpointError when the file ends before."""
-        descriptor = self._files.get(file)
-        if descriptor is None:
-            try:
-                descriptor = os.open(file, os.O_RDONLY)
-            except OSError as error:
-                raise CheckpointError("a source file cannot be opened", where=file, found=str(error)) from error
-            self._files[file] = descriptor
-        done = 0
+        descriptor = self._sources.descriptor(file)
+        done = os.preadv(descriptor, (target,), offset)
         while done < len(target):
-            count = os.preadv(descriptor, [target[done:]], offset + done)
+            count = os.preadv(descriptor, (target[done:],), offset + done)
             if count == 0:
                 raise CheckpointError(
                     "a source file ends before its tensor does",
@@ -119,51 +170,95 @@ class Workspace:
                     found=f"{offset + done} bytes",
                 )
             done += count
+        self.bytes_read += done
+
+    def read_rows(self, file: str, offset: int, rows: Sequence[memoryview], size: int) -> None:
+        """Fill views, `size` bytes in all, one after the other with the bytes of a file from `offset` on."""
+        descriptor = self._sources.descriptor(file)
+        for start in range(0, len(rows), IOV_MAX):
+            group = rows
+            if len(rows) > IOV_MAX:
+                group = rows[start : start + IOV_MAX]
+                size = sum(map(len, group))
+            done = os.preadv(descriptor, group, offset)
+            self.bytes_read += done
+            at = 0
+            for row in group if done < size else ():  # the end of the file, or the kernel gave less at once
+                held = min(max(done - at, 0), len(row))
+                if held < len(row):
+                    self.read_into(file, offset + at + held, row[held:])
+                at += len(row)
+            offset += size
 
     def close(self) -> None:
-        """Close the source files."""
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+        """Close the source files, unless other threads share them."""
+        if self._own:
+            self._sources.close()
 
 
-def fill_tile(work: Workspace, moves: Sequence[Move], tile: Any, low: int, dtype: str) -> int:
-    """Put the parts of `moves` that fall into a tile into it; the number of elements that were written.
+def fill_tile(work: Workspace, moves: Sequence[Move], tile: memoryview, low: int, dtype: str) -> None:
+    """Put the parts of `moves` that fall into a tile into it.
 
-    `tile` holds the target's elements from number `low` on, as bytes. Where a source has another dtype than the
-    target, each element is converted on its way (rounded once, to nearest even).
+    `tile` is the workspace's buffer of that name and holds the target's elements from number `low` on. Where a source
+    has another dtype than the target, each element is converted on its way (rounded once, to nearest even).
     """
-    width = numpy_dtype(dtype, values=False).itemsize
-    written = 0
+    width = ITEMSIZE[dtype]
     for move in moves:
         for part in clip(move, low, low + len(tile) // width):
-            _place(work, part, tile, low, dtype)
-            written += prod(part.shape)
-    return written
+            if part.dtype != dtype or not _moved(work, part, tile, low):
+                _rearranged(work, part, tile, low, dtype)
 
 
-def _place(work: Workspace, part: Move, tile: Any, low: int, dtype: str) -> None:
+def _moved(work: Workspace, part: Move, tile: memoryview, low: int) -> bool:
+    """Place a part by reading alone, where its rows are long enough; whether that was done."""
+    width = ITEMSIZE[part.dtype]
+    (file, start, _, _, src_offset, _, dst_offset, _) = part
+    shape, src_strides, dst_strides = coalesced(part.shape, part.src_strides, part.dst_strides)
+    source, at = start + src_offset * width, (dst_offset - low) * width
+    if not shape:
+        shape, src_strides, dst_strides = (1,), (1,), (1,)
+    if src_strides[-1] != 1 or dst_strides[-1] != 1 or len(shape) > 2:
+        return False
+    size = shape[-1] * width
+    if len(shape) == 1:
+        work.read_into(file, source, tile[at : at + size])
+        return True
+    count, src, dst = shape[0], src_strides[0] * width, dst_strides[0] * width
+    if size < ROW_BYTES or src < size:
+        return False
+    rows = work.rows("tile", at, count, size, dst)
+    if src == size:
+        work.read_rows(file, source, rows, count * size)
+    elif src - size <= GAP_BYTES:
+        gap = work.buffer("gap", GAP_BYTES)[: src - size]
+        views = [view for row in rows for view in (row, gap)][:-1]
+        work.read_rows(file, source, views, (count - 1) * src + size)
+    else:
+        for number, row in enumerate(rows):
+            work.read_into(file, source + number * src, row)
+    return True
+
+
+def _rearranged(work: Workspace, part: Move, tile: memoryview, low: int, dtype: str) -> None:
+    """Place a part element by element."""
+    import numpy as np  # noqa: PLC0415 - see above
+
     same = part.dtype == dtype
-    width = numpy_dtype(part.dtype, values=False).itemsize
-    at = part.dst_offset - low
-    if same and _row_major(part.shape, part.src_strides) and _row_major(part.shape, part.dst_strides):
-        count = prod(part.shape) * width
-        work.read_into(
-            part.file, part.start + part.src_offset * width, memoryview(tile)[at * width : at * width + count]
-        )
-        return
-    for piece in _readable(part, width):
-        target = tile.view(numpy_dtype(dtype, values=not same))
+    kind = numpy_dtype(part.dtype, values=not same)
+    target = np.frombuffer(tile, numpy_dtype(dtype, values=not same))
+    for piece in _readable(part, kind.itemsize):
         view = np.lib.stride_tricks.as_strided(
             target[piece.dst_offset - low :],
             piece.shape,
             tuple(s * target.itemsize for s in piece.dst_strides),
         )
         span = 1 + sum((n - 1) * s for n, s in zip(piece.shape, piece.src_strides, strict=True))
-        raw = work.buffer("span", span * width)
-        work.read_into(piece.file, piece.start + piece.src_offset * width, memoryview(raw))
-        source = raw.view(numpy_dtype(part.dtype, values=not same))
-        values = np.lib.stride_tricks.as_strided(source, piece.shape, tuple(s * width for s in piece.src_strides))
+        raw = work.buffer("span", span * kind.itemsize)
+        work.read_into(piece.file, piece.start + piece.src_offset * kind.itemsize, raw)
+        source = np.frombuffer(raw, kind)
+        values = np.lib.stride_tricks.as_strided(
+            source, piece.shape, tuple(s * kind.itemsize for s in piece.src_strides)
+        )
         np.copyto(view, values, casting="unsafe")
 
 
@@ -171,13 +266,11 @@ def _readable(part: Move, width: int) -> Iterator[Move]:
     """A copy cut along its widest source axis until reading the whole span of each piece is worth it."""
     span = 1 + sum((n - 1) * s for n, s in zip(part.shape, part.src_strides, strict=True))
     volume = prod(n for n, s in zip(part.shape, part.src_strides, strict=True) if s)
-    if span <= SPAN_FACTOR * volume and span * width <= SPAN_FACTOR * TILE_BYTES:
+    small = span <= SPAN_FACTOR * volume and span * width <= SPAN_FACTOR * TILE_BYTES
+    if small or prod(part.shape) == 1:
         yield part
         return
-    axis = max(range(len(part.shape)), key=lambda at: part.src_strides[at] * (part.shape[at] > 1))
-    if part.shape[axis] == 1:
-        yield part
-        return
+    axis = max(range(len(part.shape)), key=lambda at: (part.shape[at] > 1, part.src_strides[at]))
     # halves rather than single indices: dense parts stay whole
     half = part.shape[axis] // 2
     for start, size in ((0, half), (half, part.shape[axis] - half)):
@@ -197,17 +290,10 @@ def _readable(part: Move, width: int) -> Iterator[Move]:
         )
 
 
-def _row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def tiles(numel: int, width: int) -> Iterator[tuple[int, int]]:
-    """The element ranges in which a tensor is written, in order."""
+def tiles(high: int, width: int, low: int = 0, row: int = 1) -> Iterator[tuple[int, int]]:
+    """The ranges in which elements [low, high) are written, in order; whole rows of `row` where a tile has room."""
     step = max(1, TILE_BYTES // width)
-    for low in range(0, numel, step):
-        yield low, min(low + step, numel)
+    if row < step:
+        step -= step % row
+    for start in range(low, high, step):
+        yield start, min(start + step, high)

@@ -58,7 +58,7 @@ FAMILY = Family(
     _rules,
     fixed={"norm": "rms", "gated": True},
     derived=_derived,
-    extra=lambda a: {},
+    extra=lambda _: {},
     refuse=_refuse,
     ignored=standard.ROTARY_BUFFERS,
 )

@@ -237,8 +237,8 @@ def standard(a: Architecture, moe_rows: list[Row] | None = None) -> tuple[Rule, 
     """The layout of Llama's keys (DeepSeek's for latent attention, experts and MTP), with a row for everything that an
     Architecture can have.
 
-    `moe_rows` are the expert layers' rows where they have other names. Llama, Mistral, Qwen2 and Qwen3 are exactly this with their switches; a Megatron checkpoint without a
-    Hugging Face family (resharding) uses it for its Megatron side.
+    `moe_rows` are the expert layers' rows where they have other names. Llama, Mistral, Qwen2 and Qwen3 are exactly this
+    with their switches; a Megatron checkpoint without a Hugging Face family (resharding) uses it for its Megatron side.
     """
     rows = (experts(a) if a.moe else []) if moe_rows is None else moe_rows
     at = "model.layers.{m}."

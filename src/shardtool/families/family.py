@@ -108,10 +108,20 @@ class Family:
 
 
 def describe_differences(a: Architecture, b: Architecture, ignore: frozenset[str] = frozenset()) -> list[str]:
-    """One line per field in which two architectures differ."""
+    """One line per field in which two architectures differ. The size of a dense MLP counts only where there is one."""
+    if a.moe and b.moe and len(a.moe_layers) == a.num_layers and len(b.moe_layers) == b.num_layers:
+        ignore |= {"ffn_size"}
     ours, theirs = asdict(a), asdict(b)
-    names = [item.name for item in fields(Architecture) if item.name not in ignore]
-    return [f"{name}: {ours[name]} and {theirs[name]}" for name in names if ours[name] != theirs[name]]
+    lines: list[str] = []
+    for name in (item.name for item in fields(Architecture) if item.name not in ignore):
+        left, right = ours[name], theirs[name]
+        if isinstance(left, dict) and isinstance(right, dict):
+            lines += [f"{name}.{key}: {left[key]} and {right[key]}" for key in left if left[key] != right[key]]
+        elif isinstance(left, dict) or isinstance(right, dict):
+            lines.append(f"{name}: {'none' if left is None else 'given'} and {'none' if right is None else 'given'}")
+        elif left != right:
+            lines.append(f"{name}: {left} and {right}")
+    return lines
 
 
 def _refuse_activation(a: Architecture) -> str | None:

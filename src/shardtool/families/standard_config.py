@@ -48,7 +48,7 @@ def table(**defaults: Any) -> tuple[Field, ...]:
 def derived(
     head_dim: int | None = None, groups: int | None = None, theta: float = 10000.0, fraction: float | None = None
 ) -> Callable[[Config, dict[str, Any]], dict[str, Any]]:
-    """Query groups, head dim and rope: `head_dim`, `groups` and `theta` are the class's own defaults where config.json has none."""
+    """Query groups, head dim and rope: the arguments are the class's own defaults where config.json has none."""
 
     def derive(config: Config, values: dict[str, Any]) -> dict[str, Any]:
         heads = values["num_heads"]

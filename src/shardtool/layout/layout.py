@@ -7,7 +7,8 @@ contiguous window of the laid-out tensor (`window`: torch_dist chunks, tp beyond
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -59,15 +60,35 @@ class Piece:
 
     def key(self, ids: tuple[int, ...]) -> Key:
         """The key of one stored tensor."""
-        name, part = self.name, self.part
-        if self.names:
-            shown = {axis.axis: index - axis.shift for axis, index in zip(self.names, ids, strict=True)}
-            if "{" in name:
-                name = name.format(**shown)
-            if part:
-                real = {axis.axis: index for axis, index in zip(self.names, ids, strict=True)}
-                part = tuple(real[entry] if isinstance(entry, str) else entry for entry in part)
-        return (self.file, name, part)  # type: ignore[return-value]  # every name axis of part is replaced above
+        return self.keyer()(ids)
+
+    def keyed(self) -> Iterator[tuple[tuple[int, ...], Key]]:
+        """The ids of the name axes and the key of every stored tensor."""
+        key = self.keyer()
+        for ids in self.ids():
+            yield ids, key(ids)
+
+    def keyer(self) -> Callable[[tuple[int, ...]], Key]:
+        """A function from the ids of the name axes to the key, for many keys of one piece."""
+        file, axes = self.file, [axis.axis for axis in self.names]
+        shown = [axes.index(axis) for axis in re.findall(r"\{(\w+)\}", self.name)]
+        name = re.sub(r"\{\w+\}", "%d", self.name.replace("%", "%%"))
+        shifted = [(place, self.names[place].shift) for place in shown]
+        # a place in the ids, or nothing and the number that always stands there
+        part = [(axes.index(entry), 0) if isinstance(entry, str) else (None, entry) for entry in self.part]
+        fixed = tuple([number for _, number in part])
+        if any(place is not None for place, _ in part):
+
+            def key(ids: tuple[int, ...]) -> Key:
+                text = name % tuple([ids[place] - shift for place, shift in shifted])
+                return file, text, tuple([number if place is None else ids[place] for place, number in part])
+
+        else:
+
+            def key(ids: tuple[int, ...]) -> Key:
+                return file, name % tuple([ids[place] - shift for place, shift in shifted]), fixed
+
+        return key
 
 
 @dataclass(frozen=True)
@@ -97,8 +118,8 @@ class Layout:
             return tuple(high - low for low, high in piece.window)
         return piece.dims.shape(self.stored_sizes(piece))
 
-    def keys(self) -> Iterator[tuple[Key, Piece]]:
+    def tensors(self) -> Iterator[tuple[Key, Piece]]:
         """Every stored tensor of the layout with its piece."""
         for piece in self.pieces:
-            for ids in piece.ids():
-                yield piece.key(ids), piece
+            for _, key in piece.keyed():
+                yield key, piece

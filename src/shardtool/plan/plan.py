@@ -78,11 +78,12 @@ class Copy:
         order = [loop.axis for loop in self.loops]
         src_at = [order.index(axis.axis) for axis in self.src.names]
         dst_at = [order.index(axis.axis) for axis in self.dst.names]
+        src_key, dst_key = self.src.keyer(), self.dst.keyer()
         for ids in product(*(loop.ids for loop in self.loops)):
             src = self.src_offset + sum(i * loop.src_stride for i, loop in zip(ids, self.loops, strict=True))
             dst = self.dst_offset + sum(i * loop.dst_stride for i, loop in zip(ids, self.loops, strict=True))
             dst_ids = tuple(ids[at] for at in dst_at)
-            yield dst_ids, self.src.key(tuple(ids[at] for at in src_at)), src, self.dst.key(dst_ids), dst
+            yield dst_ids, src_key(tuple(ids[at] for at in src_at)), src, dst_key(dst_ids), dst
 
 
 @dataclass(frozen=True, slots=True)

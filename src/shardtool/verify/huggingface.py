@@ -44,7 +44,11 @@ def run(
 
 
 def load(directory: Path, *, dtype: torch.dtype = torch.float32, attention: Attention = "eager") -> Any:
-    """The causal language model of a directory, complete, in evaluation mode. Raises CheckpointError as `run` does."""
+    """The causal language model of a directory, complete, in evaluation mode. Raises CheckpointError as `run` does.
+
+    Multi-token-prediction layers, numbered on after the last layer, are unexpected to transformers: it has no code for
+    them, and the logits do not depend on them.
+    """
     auto: Any = AutoModelForCausalLM  # parts of transformers have no types
     try:
         with _quiet():
@@ -67,6 +71,7 @@ def load(directory: Path, *, dtype: torch.dtype = torch.float32, attention: Atte
     details = []
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         found = [item[0] if isinstance(item, tuple) else str(item) for item in info.get(what) or ()]
+        found = [name for name in found if what != "unexpected_keys" or not _multi_token(name, model.config)]
         details += [f"{what.split('_')[0]}: {name}" for name in sorted(found)[:SHOWN]]
         if len(found) > SHOWN:
             details.append(f"{what.split('_')[0]}: and {len(found) - SHOWN} more")
@@ -75,6 +80,11 @@ def load(directory: Path, *, dtype: torch.dtype = torch.float32, attention: Atte
             "the directory's tensors are not those of its model", where=str(directory), details=tuple(details)
         )
     return model.eval()
+
+
+def _multi_token(name: str, config: Any) -> bool:
+    first, count = getattr(config, "num_hidden_layers", 0), getattr(config, "num_nextn_predict_layers", 0) or 0
+    return name.startswith(tuple(f"model.layers.{layer}." for layer in range(first, first + count)))
 
 
 @contextlib.contextmanager

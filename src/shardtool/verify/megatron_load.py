@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -47,6 +48,14 @@ TE_TO_LOCAL = {
     "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
     "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
 }
+
+# torch_dist keys of norms: how the local spec asks for them, and what Transformer Engine's spec has instead
+DIST_NORMS = (
+    (".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm."),
+    (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
+    (".self_attention.q_layernorm.", ".self_attention.linear_q_up_proj.layer_norm_"),
+    (".self_attention.kv_layernorm.", ".self_attention.linear_kv_up_proj.layer_norm_"),
+)
 
 # whole on every rank under Transformer Engine (0.14 and newer), split over the ranks in the local spec
 DOWN_PROJECTIONS = ("self_attention.linear_q_down_proj.weight", "self_attention.linear_kv_down_proj.weight")
@@ -121,9 +130,7 @@ class _Ranks:
         world = lcm(mesh.tp, mesh.ep * mesh.expert_tp)
         order = "tp-cp-ep-dp-pp"  # megatron-core's default
         dense = parallel_state.RankGenerator(mesh.tp, 1, world // mesh.tp, 1, 1, order)
-        expert = parallel_state.RankGenerator(
-            mesh.expert_tp, mesh.ep, world // (mesh.ep * mesh.expert_tp), 1, 1, order
-        )
+        expert = parallel_state.RankGenerator(mesh.expert_tp, mesh.ep, world // (mesh.ep * mesh.expert_tp), 1, 1, order)
 
         def places(generator: parallel_state.RankGenerator, token: str) -> dict[int, int]:
             return {rank: place for group in generator.get_ranks(token) for place, rank in enumerate(group)}
@@ -164,11 +171,11 @@ def _dense(stored: Mapping[str, Any], chunk: Chunk) -> dict[str, Any]:
 def _cut_down_projections(state: dict[str, Any], model: GPTModel, tp: int) -> None:
     """Whole down projections, as Transformer Engine keeps them, become this rank's rows."""
     wanted = model.state_dict(keep_vars=True)
-    for key in state:
-        if key.endswith(DOWN_PROJECTIONS) and key in wanted and state[key].shape[0] != wanted[key].shape[0]:
+    for key, value in state.items():
+        if key.endswith(DOWN_PROJECTIONS) and key in wanted and value.shape[0] != wanted[key].shape[0]:
             rows = wanted[key].shape[0]
-            if state[key].shape[0] == rows * parallel_state.get_tensor_model_parallel_world_size():
-                state[key] = state[key].narrow(0, tp * rows, rows)
+            if value.shape[0] == rows * parallel_state.get_tensor_model_parallel_world_size():
+                state[key] = value.narrow(0, tp * rows, rows)
 
 
 def _experts(model: GPTModel, ranks: _Ranks) -> dict[str, torch.Tensor]:
@@ -347,6 +354,7 @@ def _load_torch_dist(model: GPTModel, directory: Path, *, single: bool) -> None:
                 # a run with a list as its --moe-layer-freq, even one of all ones, asks for a key per layer
                 content = {**(content or {}), "non_homogeneous_layers": True}
             sharded = model.sharded_state_dict(metadata=content)
+            _ask_for_fused_norms(sharded, metadata)
             # The access check wants every layer to be asked for by some rank; one stage of several asks for its own.
             state = dist_checkpointing.load(sharded, str(place), validate_access_integrity=single)
         except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
@@ -358,10 +366,26 @@ def _load_torch_dist(model: GPTModel, directory: Path, *, single: bool) -> None:
         raise _load_error(error, directory) from error
 
 
+def _ask_for_fused_norms(sharded: Mapping[str, Any], metadata: Any) -> None:
+    """Ask for a norm under Transformer Engine's key where the checkpoint has it under that one only.
+
+    The local spec (to 0.19) has the fused norm's key for the norm before experts, which Transformer Engine does not
+    fuse, and unfused keys for latent attention's norms, which Transformer Engine fuses (gpt_layer_specs.py).
+    """
+    held = metadata.state_dict_metadata
+    for tensor in sharded.values():
+        if isinstance(tensor, ShardedTensor) and tensor.key not in held:
+            for local, fused in DIST_NORMS:
+                if local in tensor.key and (key := tensor.key.replace(local, fused)) in held:
+                    tensor.key = key
+
+
 def _load_error(error: BaseException, directory: Path) -> CheckpointError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = [line for line in lines if re.match(r"\w*(Error|Exception)\b", line)] or lines[:SHOWN]
-    details = list(dict.fromkeys(reason)) or [type(error).__name__]
+    # a missing key's error goes on with all keys that there are
+    details = list(dict.fromkeys(line if len(line) <= 300 else line[:300] + " ..." for line in reason))
+    details = details or [type(error).__name__]
     return CheckpointError("megatron-core cannot load the checkpoint", where=str(directory), details=_few(details))
 
 

@@ -54,7 +54,7 @@ def transformer_config(arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> Tr
         gated_linear_unit=arch.gated,
         add_bias_linear=arch.linear_bias,
         add_qkv_bias=arch.qkv_bias or arch.linear_bias,
-        qk_layernorm=arch.qk_norm or arch.mla is not None,
+        qk_layernorm=arch.qk_norm,
         rotary_interleaved=arch.rope is not None and arch.rope.interleaved,
         # W visible tokens are the token itself and W - 1 before it
         window_size=None if arch.window is None else (arch.window - 1, 0),
@@ -87,7 +87,7 @@ def transformer_config(arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> Tr
 
 
 def expert_tp(arch: Architecture, mesh: Mesh) -> int:
-    """The expert tensor parallel size of the model that is built: the checkpoint's, where tp ranks can form such groups.
+    """The expert tensor parallel size of the model that is built: the checkpoint's where it divides tp.
 
     Otherwise that of the dense layers; megatron_load then cuts the experts anew.
     """
@@ -178,7 +178,9 @@ def _position_arguments(rope: Rope | None, *, latent: bool) -> dict[str, Any]:
         return {**arguments, "seq_len_interpolation_factor": scaling.factor}
     found = (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_positions)
     if scaling.kind != "llama3":
-        raise UsageError("this rope scaling is built for latent attention only", expected="linear or llama3", found=scaling.kind)
+        raise UsageError(
+            "this rope scaling is built for latent attention only", expected="linear or llama3", found=scaling.kind
+        )
     if found != LLAMA3_CONSTANTS:
         raise UsageError(
             "megatron-core cannot express this rope scaling",
@@ -193,6 +195,10 @@ def _stage_groups(mesh: Mesh, pp: int) -> ProcessGroupCollection:
     """The process groups of a rank in pipeline stage `pp`: the real ones, but for the pipeline."""
     parallel_state.set_pipeline_model_parallel_rank(pp)
     parallel_state.set_pipeline_model_parallel_world_size(mesh.pp)
+    vpp = virtual_stages(
+        mesh
+    )  # a layout string is split by this, not by the config (pipeline_parallel_layer_layout.py)
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(vpp if vpp > 1 else None)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     groups.pp = torch.distributed.ProcessGroup(pp, mesh.pp)  # type: ignore[call-arg]  # the stub forgets this overload
     groups.embd = None  # the tied copy of the last stage is loaded from its own file, not reduced from the first

@@ -21,7 +21,8 @@ from torch.distributed.remote_device import _remote_device
 
 
 def apply() -> None:
-    """Change torch.cuda and megatron-core in this process. Harmless when called twice."""
+    """Change torch and megatron-core in this process. Harmless when called twice."""
+    _eager()
     _current_device()
     _masks()
     _random_tracker()
@@ -42,6 +43,15 @@ def _replace(module: ModuleType | None, name: str, value: object) -> None:
     """Set a name of a module that has it already."""
     if module is not None and hasattr(module, name):
         setattr(module, name, value)
+
+
+def _eager() -> None:
+    # All versions: small functions are decorated with torch.compile where they are imported (megatron/core/jit.py),
+    # which imports a compiler in each worker and runs it for a few calls. This comes before any of them is imported.
+    def plain(function: Any = None, **_options: Any) -> Any:
+        return plain if function is None else function
+
+    _replace(torch, "compile", plain)
 
 
 def _current_device() -> None:
