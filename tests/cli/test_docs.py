@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MEASURED = [
-    (re.compile(r"in \d+\.\d s \([^)]*/s\)"), "in # s"),
+    (re.compile(r"in \d+\.\d s \([^)]*/s\), peak memory \d+\.\d [kMG]B"), "in # s"),
     (re.compile(r"\d+\.\d\de[+-]\d\d"), "#"),
     (re.compile(r"at prompt \d+ position \d+ token \d+"), "at #"),
     (re.compile(r"[0-9a-f]{64}"), "#"),
