@@ -413,8 +413,8 @@ def _write(
 def _write_last(prepared: Prepared, stage: Path) -> tuple[str, ...]:
     """Write what comes after the tensors: metadata, config, tokenizer, tracker. Returns what is to be said of it."""
     directory, notes = stage / prepared.subdirectory, []
-    for name, data in prepared.target.last.items():
-        write_small(directory / name, data)
+    for name, make in prepared.target.last.items():
+        write_small(directory / name, make())
     if prepared.companions is not None:
         copied = copy_companions(prepared.companions, directory)
         notes += [f"carried over: {', '.join(copied)}"] if copied else []

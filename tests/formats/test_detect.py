@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from filled import DATA
 
+from filled import DATA
 from shardtool.errors import CheckpointError
 from shardtool.formats.detect import detect
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from filled import load, same
 
+from filled import load, same
 from shardtool.errors import CheckpointError
 from shardtool.formats.hf_bin import read_checkpoint
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from filled import DATA, content, load, same, sample, write
 
+from filled import DATA, content, load, same, sample, write
 from shardtool.errors import CheckpointError
 from shardtool.formats.megatron_legacy import (
     Rank,

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from filled import content, dtype_name, load, same, sample, write
 from huggingface_hub import split_torch_state_dict_into_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from filled import content, dtype_name, load, same, sample, write
 from shardtool.errors import CheckpointError
 from shardtool.formats.safetensors_files import (
     DTYPES,

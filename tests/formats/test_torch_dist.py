@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from filled import DATA, content, load, same, sample, write
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
+from filled import DATA, content, load, same, sample, write
 from shardtool.errors import CheckpointError
 from shardtool.formats.torch_dist import (
     ChunkRef,

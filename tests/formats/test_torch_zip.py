@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from filled import content, dtype_name, load, same, sample, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.serialization import config as torch_config
 
+from filled import content, dtype_name, load, same, sample, write
 from shardtool.errors import CheckpointError
 from shardtool.formats import torch_zip, torch_zip_out
 from shardtool.formats.inert import DType, TensorRef

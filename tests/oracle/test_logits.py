@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from handwritten import CONFIGS, VOCAB, edit, write
 from safetensors.torch import load_file, save_file
 
+from handwritten import CONFIGS, VOCAB, edit, write
 from shardtool import tiny
 from shardtool.errors import CheckpointError, UsageError
 from shardtool.families.architecture import Architecture, Rope, RopeScaling

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import Task
 from transformers import AutoModelForCausalLM
 
 from commands import convert, done
+from ranks import Task
 from shardtool.checkpoint.huggingface import open_huggingface
 from shardtool.families.architecture import Architecture, Rope, RopeScaling
 from shardtool.layout.mesh import Mesh

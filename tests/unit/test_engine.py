@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import zlib
 from itertools import permutations
@@ -12,18 +14,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import Arrays, Place, Truth, tensors, worlds
 
 from shardtool.checkpoint.opened import Opened
 from shardtool.checkpoint.padding import cut_rows, padding_rows
 from shardtool.errors import CheckpointError
 from shardtool.execute import engine, tiles
+from shardtool.execute import files as target_files
+from shardtool.execute.checksum import combine, crc32
 from shardtool.execute.tiles import Workspace, numpy_dtype
 from shardtool.families.architecture import Architecture
 from shardtool.formats.stored import ITEMSIZE, Payload, Skeleton, Stored, row_major_strides
 from shardtool.layout.layout import Key, Layout
 from shardtool.layout.mesh import Mesh
 from shardtool.plan.plan import plan
+from worlds import Arrays, Place, Truth, tensors, worlds
 
 LLAMA = Truth(Architecture("llama", 2, 6, 4, 2, 3, 8, 5, 32))
 HEAD = b"before"
@@ -262,11 +266,13 @@ def test_a_target_file_that_exists_is_not_touched(tmp_path):
     assert (tmp_path / "all").read_bytes() == b"old"
 
 
-def test_a_file_system_that_cannot_reserve(tmp_path, monkeypatch):
-    def refuse(*_: object) -> None:
-        raise OSError(95, "not supported")
+@pytest.mark.parametrize("code", [None, errno.EOPNOTSUPP])
+def test_a_file_system_that_cannot_reserve(tmp_path, monkeypatch, code):
+    def refuse(*_: object) -> int:
+        ctypes.set_errno(code)
+        return -1
 
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    monkeypatch.setattr(target_files, "_fallocate", refuse if code else None)
     files = engine.Files(tmp_path, {"sub/a": Skeleton(10, ((2, b"xy"),)), "empty": Skeleton(0, ())})
     files.write("sub/a", b"z", 9)
     files.close(sync=True)
@@ -274,12 +280,76 @@ def test_a_file_system_that_cannot_reserve(tmp_path, monkeypatch):
     assert (tmp_path / "empty").read_bytes() == b""
 
 
+def test_a_full_disk_is_known_before_anything_is_written(tmp_path, monkeypatch):
+    def full(*_: object) -> int:
+        ctypes.set_errno(errno.ENOSPC)
+        return -1
+
+    monkeypatch.setattr(target_files, "_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        engine.Files(tmp_path, {"a": Skeleton(10, ((0, b"xy"),))})
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_more_files_than_descriptors(tmp_path, monkeypatch, durable):
+    """Files that are not open any more are opened again; what waits for the end is written then."""
+    monkeypatch.setattr(target_files, "OPEN_FILES", 1)
+    skeletons = {name: Skeleton(6, ((0, b"<"), (5, b">"))) for name in "abc"}
+    files = engine.Files(tmp_path, skeletons, durable=durable)
+    for name in "cab":
+        files.write(name, name.encode() * 4, 1)
+    files.finish("b")
+    files.close(sync=True)
+    assert [(tmp_path / name).read_bytes() for name in "abc"] == [b"<aaaa>", b"<bbbb>", b"<cccc>"]
+
+
+def test_a_failed_sync_is_an_error(tmp_path, monkeypatch):
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "the device is gone")
+
+    files = engine.Files(tmp_path, {"a": Skeleton(1, ((0, b"x"),))})
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="device is gone"):
+        files.close(sync=True)
+
+
+def test_files_of_a_run_that_failed_are_closed(tmp_path):
+    files = engine.Files(tmp_path, {"a": Skeleton(2, ((0, b"x"), (1, b"y")))})
+    files.close(sync=False)
+    assert (tmp_path / "a").read_bytes() == b"x\0"
+
+
 def test_a_short_write_goes_on(tmp_path, monkeypatch):
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, bytes(data)[:2], at))
-    files = engine.Files(tmp_path, {"a": Skeleton(7, ((0, b"abcdefg"),))})
+    monkeypatch.setattr(os, "pwritev", lambda fd, data, at: real(fd, b"".join(data)[:3], at))
+    files = engine.Files(tmp_path, {"a": Skeleton(12, ((0, b"abcdefg"),))})
+    files.write_both("a", memoryview(b"hi"), bytearray(b"jkl"), 7)
     files.close(sync=False)
-    assert (tmp_path / "a").read_bytes() == b"abcdefg"
+    assert (tmp_path / "a").read_bytes() == b"abcdefghijkl"
+
+
+def test_a_short_read_goes_on(tmp_path, monkeypatch):
+    """One preadv over many pieces, of which the kernel fills only some, and more pieces than it takes at once."""
+    (tmp_path / "a").write_bytes(bytes(range(100)))
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: real(fd, [views[0][:7]], at))
+    monkeypatch.setattr(tiles, "IOV_MAX", 3)
+    space = Workspace()
+    views = [memoryview(bytearray(size)) for size in (5, 9, 1, 20, 30)]
+    space.read_rows(str(tmp_path / "a"), 10, views, 65)
+    assert b"".join(views) == bytes(range(10, 75))
+    with pytest.raises(CheckpointError, match="ends before its tensor"):
+        space.read_rows(str(tmp_path / "a"), 60, views, 65)
+    space.close()
+
+
+@given(st.lists(st.binary(max_size=300), max_size=4))
+def test_checksums_of_parts(parts):
+    whole, crc = b"".join(parts), 0
+    for part in parts:
+        crc = combine(crc, zlib.crc32(part), len(part))
+    assert crc == zlib.crc32(whole) == crc32(whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 
 from hypothesis import given, settings
-from worlds import Place, Truth, execute, worlds
 
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import axis_sizes, standard
@@ -14,6 +13,7 @@ from shardtool.layout.huggingface import huggingface_layout
 from shardtool.layout.mesh import Mesh
 from shardtool.plan.explain import explain, summary
 from shardtool.plan.plan import plan
+from worlds import Place, Truth, execute, worlds
 
 LLAMA = Truth(Architecture("llama", 4, 16, 4, 2, 4, 12, 10, 32, tied=True))
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from worlds import Place, Truth, execute, same, tensors, worlds
 
 from shardtool.errors import UsageError
 from shardtool.families.architecture import Architecture
@@ -19,6 +18,7 @@ from shardtool.layout.megatron import Spelling, dist_layout, expert_block, rank_
 from shardtool.layout.mesh import Mesh, chunks
 from shardtool.layout.rules import rule
 from shardtool.plan.plan import plan
+from worlds import Place, Truth, execute, same, tensors, worlds
 
 LLAMA = Architecture("llama", 4, 16, 4, 2, 4, 12, 10, 32)
 

@@ -7,10 +7,10 @@ from itertools import product
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import layout_strings
 
 from shardtool.errors import UsageError
 from shardtool.layout.mesh import Mesh, chunks, padded_vocab, parse_pipeline_layout, virtual_stages
+from worlds import layout_strings
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from worlds import PADDING, Place, Truth, execute, padding_mask, same, tensors, worlds
 
 from shardtool.errors import CheckpointError, UsageError
 from shardtool.families.architecture import Architecture
@@ -21,6 +20,7 @@ from shardtool.layout.layout import Layout
 from shardtool.layout.megatron import Spelling, dist_layout
 from shardtool.layout.mesh import Mesh, chunks, padded_vocab
 from shardtool.plan.plan import plan, replicas
+from worlds import PADDING, Place, Truth, execute, padding_mask, same, tensors, worlds
 
 EXAMPLES = settings(max_examples=60, deadline=None)
 LLAMA = Architecture("llama", 4, 16, 4, 2, 4, 12, 10, 32)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def huggingface_target(tensors: list[TargetTensor], max_shard_size: int) -> Targ
         weight_map = {spec[0]: name for name, group in zip(names, groups, strict=True) for spec in group}
         size = sum(prod(spec[1]) * ITEMSIZE[spec[2]] for spec in specs)
         count = sum(prod(spec[1]) for spec in specs)
-        last[safetensors_files.INDEX] = safetensors_files.index_json(weight_map, size, count)
+        last[safetensors_files.INDEX] = partial(safetensors_files.index_json, weight_map, size, count)
     return Target(skeletons, places, last)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -110,10 +111,10 @@ def dist_target(
         )
         for name, held in chunks.items()
     }
-    last = {
-        METADATA: torch_dist_out.metadata_bytes(globals_, objects),
-        COMMON_FILE: torch_dist_out.common_bytes({**args, "iteration": iteration}, iteration),
-        METADATA_JSON_FILE: torch_dist_out.METADATA_JSON,
+    last: dict[str, Callable[[], bytes]] = {
+        METADATA: cache(lambda: torch_dist_out.metadata_bytes(globals_, objects)),
+        COMMON_FILE: lambda: torch_dist_out.common_bytes({**args, "iteration": iteration}, iteration),
+        METADATA_JSON_FILE: lambda: torch_dist_out.METADATA_JSON,
     }
     return Target(skeletons, places, last)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,11 +25,13 @@ class TargetTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Target:
-    """Files before their payload. `places` finds a tensor in a skeleton; `last` are small files written at the end, in order."""
+    """Files before their payload. `places` finds a tensor in a skeleton; `last` are small files written at the end, in
+    order, each made when it is needed: that of a large model takes as long as its plan.
+    """
 
     skeletons: Mapping[str, Skeleton]
     places: Mapping[Key, tuple[str, Hashable]]
-    last: Mapping[str, bytes] = field(default_factory=dict)
+    last: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
 
     def payload(self, key: Key) -> tuple[str, Payload]:
         """The file of a tensor and its place there."""
@@ -39,7 +41,9 @@ class Target:
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
-        return sum(skeleton.size for skeleton in self.skeletons.values()) + sum(map(len, self.last.values()))
+        return sum(skeleton.size for skeleton in self.skeletons.values()) + sum(
+            len(make()) for make in self.last.values()
+        )
 
 
 def target_tensors(plan: Plan, dtypes: Mapping[int, str]) -> list[TargetTensor]:

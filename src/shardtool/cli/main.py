@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json as json_module
 import sys
 from typing import Annotated
@@ -45,6 +46,7 @@ judging.register(app)
 
 def run(arguments: list[str] | None = None) -> None:
     """The entry point: exit 0 done or same, 1 the checkpoint is wrong or differs, 2 wrong usage or environment."""
+    gc.set_threshold(100_000, 20, 20)  # plans are many small objects without cycles: collecting takes half their time
     given = sys.argv[1:] if arguments is None else arguments
     vars(console.SETTINGS).update(vars(console.Settings()))
     console.SETTINGS.json = "--json" in given  # for an error before the options are read

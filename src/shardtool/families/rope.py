@@ -54,6 +54,8 @@ def _scaling(kind: str, scaling: Mapping[str, Any], latent: bool) -> RopeScaling
 def _read_yarn(scaling: Mapping[str, Any]) -> RopeScaling:
     if scaling.get("attention_factor") is not None:
         raise ValueError("yarn with an attention_factor of its own: megatron-core computes it")
+    if not scaling.get("truncate", True):
+        raise ValueError("yarn without truncate: megatron-core's latent attention always rounds its correction range")
     mscale_all = float(scaling.get("mscale_all_dim") or 0.0)
     return RopeScaling(
         "yarn",

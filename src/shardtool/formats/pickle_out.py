@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -59,12 +60,13 @@ class TensorOut:
 
 
 class _Out:
-    __slots__ = ("append", "memo", "parts", "storages", "tails")
+    __slots__ = ("append", "globals", "memo", "parts", "storages", "tails")
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
         self.append = self.parts.append
         self.memo: dict[object, bytes] = {}
+        self.globals: dict[int, tuple[Global, bytes]] = {}
         self.storages: dict[Hashable, tuple[int, TensorOut]] = {}
         self.tails: dict[tuple[str, tuple[int, ...]], tuple[bytes, bytes]] = {}
 
@@ -83,10 +85,12 @@ def dumps(value: object) -> tuple[bytes, list[TensorOut]]:
 
 
 def _emit(out: _Out, value: object) -> None:
-    writer = _WRITERS.get(type(value))
-    if writer is None:
-        raise TypeError(f"{type(value).__name__} has no place in a checkpoint")
+    writer = _WRITERS.get(type(value), _refuse)
     writer(out, value)
+
+
+def _refuse(_: _Out, value: object) -> None:
+    raise TypeError(f"{type(value).__name__} has no place in a checkpoint")
 
 
 def _bool(out: _Out, value: bool) -> None:
@@ -98,7 +102,14 @@ def _float(out: _Out, value: float) -> None:
 
 
 def _global(out: _Out, value: Global) -> None:
-    out.append(out.memo.get(value) or _once(out, value, f"c{value.module}\n{value.name}\n".encode()))
+    # by identity first: hashing a Global takes longer than all the rest, and most are constants of their writers
+    known = out.globals.get(id(value))
+    if known is None:
+        first = _once(out, value, f"c{value.module}\n{value.name}\n".encode())
+        out.append(first)
+        out.globals[id(value)] = (value, out.memo[value])
+    else:
+        out.append(known[1])
 
 
 def _ordered(out: _Out, value: OrderedDict[object, object]) -> None:
@@ -154,6 +165,7 @@ def _text(value: str) -> bytes:
     return b"X" + _U4(len(data)) + data
 
 
+@lru_cache(maxsize=4096)
 def integer(value: int) -> bytes:
     """The opcodes of an int."""
     if 0 <= value < 1 << 8:
@@ -182,7 +194,7 @@ def _tuple(out: _Out, value: tuple[object, ...]) -> None:
     if not short:
         out.append(b"(")
     for item in value:
-        _emit(out, item)
+        _WRITERS.get(type(item), _refuse)(out, item)
     out.append(_SHORT_TUPLE[len(value)] if short else b"t")
 
 
@@ -190,8 +202,8 @@ def _items(out: _Out, value: dict[object, object]) -> None:
     if value:
         out.append(b"(")
         for key, item in value.items():
-            _emit(out, key)
-            _emit(out, item)
+            _WRITERS.get(type(key), _refuse)(out, key)
+            _WRITERS.get(type(item), _refuse)(out, item)
         out.append(b"u")
 
 
@@ -205,7 +217,7 @@ def _state(out: _Out, state: object) -> None:
         for name, item in state.items():
             # attribute names recur with every object of a class
             out.append(out.memo.get(name) or _once(out, name, _text(name)))
-            _emit(out, item)
+            _WRITERS.get(type(item), _refuse)(out, item)
         out.append(b"u")
 
 
