@@ -147,6 +147,7 @@ def test_ranks_that_do_not_come(tmp_path):
         Ranks(tmp_path / "out", "d", {**environment, "RANK": "2"}) as team,
     ):
         team.begin()
+    assert list(tmp_path.iterdir()) == []
 
 
 def together(tmp_path: Path, digests: tuple[str, ...], then) -> list[object]:
@@ -172,7 +173,7 @@ def together(tmp_path: Path, digests: tuple[str, ...], then) -> list[object]:
 
 
 def test_other_plans_are_refused(tmp_path):
-    errors = together(tmp_path, ("a", "b"), lambda team: None)
+    errors = together(tmp_path, ("a", "b"), id)
     assert [str(error).splitlines()[0] for error in errors] == [
         "rank 1 has made another plan than rank 0",
         "rank 0 failed: rank 1 has made another plan than rank 0",

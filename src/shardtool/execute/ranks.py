@@ -91,6 +91,7 @@ class Ranks:
         self._count = 0
         self._seen: dict[int, tuple[int, int, float]] = {}  # of each rank: counter, bytes, when it moved
         self._error: RankError | None = None
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._handler: Any = None
@@ -158,6 +159,7 @@ class Ranks:
         while True:
             go = self._read("go")
             if go is not None and go["nonces"][self.rank : self.rank + 1] == [self._nonce]:
+                self._nonces = go["nonces"]
                 if "error" in go:
                     raise RankError(f"rank 0 failed: {go['error']}")
                 return go
@@ -175,14 +177,19 @@ class Ranks:
     def gather(self, result: Mapping[str, int]) -> dict[str, int]:
         """Rank 0: wait until all shares are written. Returns the sums of what the ranks report."""
         total = dict(result)
+        if self.size == 1:
+            return total
         for rank in range(1, self.size):
             found = self._wait(f"done-{rank}", rank)
             for name, value in found["result"].items():
                 total[name] += value
+        self._error = self._error or self._look()  # the last of their progress
+        self.check()
         return total
 
     def report(self, result: Mapping[str, int]) -> None:
         """Other ranks: this share is written. Returns when rank 0 has all of them."""
+        self._beat()
         self._write(f"done-{self.rank}", {"nonce": self._nonce, "result": dict(result)})
         self._wait("end", 0)
 
@@ -208,6 +215,7 @@ class Ranks:
         with contextlib.suppress(OSError):
             if error is not None:
                 what = error.what if isinstance(error, ShardtoolError) else f"{type(error).__name__}: {error}"
+                what = what if isinstance(error, RankError) else f"rank {self.rank} failed: {what}"  # or hearsay
                 self._write(f"failed-{self.rank}", {"nonce": self._nonce, "what": what})
             self._part()
         if self._handler is not None:
@@ -222,6 +230,10 @@ class Ranks:
                     break
                 time.sleep(POLL)
             shutil.rmtree(self._directory, ignore_errors=True)
+        elif not self._nonces:  # rank 0 never came
+            for name in (f"here-{self.rank}", f"failed-{self.rank}"):
+                (self._directory / name).unlink(missing_ok=True)
+            self._directory.rmdir()  # OSError where another rank still waits
         else:
             self._write(f"bye-{self.rank}", {})
             while time.monotonic() < until and (self._directory / f"failed-{self.rank}").exists():
@@ -236,13 +248,17 @@ class Ranks:
                 self._error = self._look()
 
     def _look(self) -> RankError | None:
+        with self._lock:
+            return self._look_round()
+
+    def _look_round(self) -> RankError | None:
         now, new = time.monotonic(), 0
         for rank in range(self.size):
             if rank == self.rank:
                 continue
             failed = self._read(f"failed-{rank}")
             if failed is not None and failed["nonce"] == self._nonces[rank]:
-                return RankError(f"rank {rank} failed: {failed['what']}")
+                return RankError(str(failed["what"]))
             here = self._read(f"here-{rank}") or {}
             counter, written, since = self._seen.get(rank, (-1, 0, now))
             if here.get("nonce") == self._nonces[rank] and here["counter"] != counter:
@@ -261,9 +277,10 @@ class Ranks:
         return None
 
     def _beat(self) -> None:
-        self._count += 1
-        here = {"nonce": self._nonce, "digest": self._digest, "written": self.written, "counter": self._count}
-        self._write(f"here-{self.rank}", here)
+        with self._lock:
+            self._count += 1
+            here = {"nonce": self._nonce, "digest": self._digest, "written": self.written, "counter": self._count}
+            self._write(f"here-{self.rank}", here)
 
     def _write(self, name: str, data: Mapping[str, Any]) -> None:
         new = self._directory / f".{name}-{self._nonce}"
