@@ -30,7 +30,6 @@ from shardtool.checkpoint.structure import structure
 from shardtool.checkpoint.target import Target, resolve_dtypes, target_tensors
 from shardtool.errors import CheckpointError, UsageError
 from shardtool.execute import engine
-from shardtool.execute.ranks import Ranks, shares
 from shardtool.execute.staging import check_destination, staged, write_small
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import axis_sizes, standard
@@ -113,8 +112,7 @@ class Summary:
     ignored: int
     replicas_compared: int
     notes: tuple[str, ...]
-    peak_memory: int  # bytes, of all processes together
-    processes: int
+    peak_memory: int  # bytes
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -337,7 +335,7 @@ def execute(
     progress: Callable[[int, str], None] | None = None,
     durable: bool = True,
 ) -> Summary:
-    """Write a prepared conversion to DST: all of it, or nothing. With other ranks (execute.ranks), this rank's share.
+    """Write a prepared conversion to DST: all of it, or nothing.
 
     Replicas in the source are compared with each other first; CheckpointError where they differ. Without `durable`
     nothing waits for the device.
@@ -346,62 +344,31 @@ def execute(
     source = prepared.source
     check_destination(source.path, dst, overwrite=overwrite)
     digest = prepared.plan.digest()
-    ranks = Ranks(dst, digest)
-    if progress is not None:
-        ranks.on_progress = lambda count: progress(count, "other ranks")
-    if not ranks.first:
-        with ranks:
-            result = _write(prepared, Path(ranks.begin()), ranks, jobs, progress, durable)
-            ranks.report(result)
-        notes: tuple[str, ...] = ()
-    else:
-        notes = prepared.notes + cut_rows(prepared.plan, source)
-        with staged(dst) as stage, ranks:
-            ranks.begin(str(stage))
-            result = ranks.gather(_write(prepared, stage, ranks, jobs, progress, durable))
-            notes += _write_last(prepared, stage)
-            ranks.end()
+    notes = prepared.notes + cut_rows(prepared.plan, source)
+    with staged(dst) as stage:
+        result = _write(prepared, stage, jobs, progress, durable)
+        notes += _write_last(prepared, stage)
     return Summary(
         prepared.direction, str(source.path), str(dst), prepared.tensors, result["read"], result["written"],
         len(prepared.target.skeletons), time.monotonic() - started, digest, len(source.ignored), result["compared"],
-        notes, result["peak"], ranks.size,
+        notes, result["peak"],
     )  # fmt: skip
 
 
 def _write(
-    prepared: Prepared,
-    stage: Path,
-    ranks: Ranks,
-    jobs: int,
-    progress: Callable[[int, str], None] | None,
-    durable: bool,
+    prepared: Prepared, stage: Path, jobs: int, progress: Callable[[int, str], None] | None, durable: bool
 ) -> dict[str, int]:
-    """Write this rank's share of the tensors: bytes read and written, replica elements compared, peak memory."""
+    """Write the tensors: bytes read and written, replica elements compared, peak memory."""
     source, target = prepared.source, prepared.target
-    compared = _compare_replicas(source, ranks.rank, ranks.size)
+    compared = _compare_replicas(source)
     work = []
     for task in engine.tasks(prepared.plan, lambda key: target.payload(key)[1].dtype):
         work.append((task, *target.payload(task.key)))
     fills = padding_rows(prepared.plan, source, work)
-    skeletons = target.skeletons
-    if ranks.size > 1:
-        # files that take from the same part of the source go to the same rank: it is read once
-        first = engine.first_places(work, source.locate, source.place)
-        order = sorted(skeletons, key=lambda name: first.get(name, ("", 0)))
-        of_rank = shares([(name, skeletons[name].size) for name in order], ranks.size)
-        work = [item for item in work if of_rank[item[1]] == ranks.rank]
-        skeletons = {name: skeleton for name, skeleton in skeletons.items() if of_rank[name] == ranks.rank}
-
-    def advance(count: int, file: str) -> None:
-        ranks.check()
-        ranks.written += count
-        if progress is not None:
-            progress(count, file)
-
-    files = engine.Files(stage / prepared.subdirectory, skeletons, durable=durable)
+    files = engine.Files(stage / prepared.subdirectory, target.skeletons, durable=durable)
     try:
         traffic = engine.write(
-            work, files, source.locate, fills=fills, jobs=jobs, progress=advance, place=source.place
+            work, files, source.locate, fills=fills, jobs=jobs, progress=progress, place=source.place
         )  # fmt: skip
     except BaseException:
         files.close(sync=False)

@@ -8,7 +8,7 @@ from typing import Any
 from shardtool.checkpoint.opened import Opened
 from shardtool.execute import engine
 from shardtool.execute.tiles import Workspace, numpy_dtype
-from shardtool.formats.stored import Payload
+from shardtool.formats.stored import ITEMSIZE, Payload
 from shardtool.layout.layout import Key
 from shardtool.plan.plan import Plan
 
@@ -58,26 +58,36 @@ def cut_rows(plan: Plan, source: Opened) -> tuple[str, ...]:
 
     Padding is zeros or a repeat of one row; trained padding rows are neither, and dropping them loses something.
     """
-    if not plan.cuts:
-        return ()
-    import numpy as np  # noqa: PLC0415 - only where there is padding to look at
-
-    notes = []
-    rows: dict[str, list[Any]] = {}
+    seen: dict[str, list[Any]] = {}  # by name: rows, the first of them, whether all are zeros, whether all are alike
     space = Workspace()
     try:
         for cut in plan.cuts:
             if cut.piece.replica or len(cut.shape) != 2:
                 continue
             stored = source.locate(cut.piece.key(()))
-            dtype = numpy_dtype(stored.dtype, values=True)
-            buffer = space.buffer("span", cut.volume * dtype.itemsize)
-            space.read_into(stored.file, stored.offset + cut.offset * dtype.itemsize, buffer)
-            rows.setdefault(cut.piece.name, []).append(np.array(np.frombuffer(buffer, dtype)).reshape(cut.shape))
+            width = ITEMSIZE[stored.dtype]
+            size = cut.shape[1] * width
+            for number in range(cut.shape[0]):
+                row = space.buffer("span", size)
+                space.read_into(stored.file, stored.offset + cut.offset * width + number * size, row)
+                found = seen.setdefault(cut.piece.name, [0, bytes(row), True, True])
+                found[0] += 1
+                found[2] = found[2] and _equal(row, bytes(size), stored.dtype)
+                found[3] = found[3] and _equal(row, found[1], stored.dtype)
     finally:
         space.close()
-    for name, parts in rows.items():
-        held = np.concatenate(parts)
-        if not (held == 0).all() and not (held == held[0]).all():
-            notes.append(f"{len(held)} padding rows of {name} were cut that are neither zeros nor a repeat of one row")
-    return tuple(notes)
+    return tuple(
+        f"{count} padding rows of {name} were cut that are neither zeros nor a repeat of one row"
+        for name, (count, _, zeros, alike) in seen.items()
+        if not zeros and not alike
+    )
+
+
+def _equal(row: memoryview, other: bytes, dtype: str) -> bool:
+    """Whether two rows have the same values: the same bytes, or zeros of another sign."""
+    if bytes(row) == other:
+        return True
+    import numpy as np  # noqa: PLC0415 - rows of padding are the same bytes
+
+    ours, theirs = (np.frombuffer(data, numpy_dtype(dtype, values=True)) for data in (row, other))
+    return bool((ours == theirs).all())

@@ -208,18 +208,12 @@ def _options(
 
 def _execute(prepared: convert.Prepared, dst: Path, overwrite: bool, jobs: int) -> None:
     from shardtool import convert  # noqa: PLC0415 - the engine is not needed for --help
-    from shardtool.execute.ranks import place  # noqa: PLC0415
 
     total = sum(
         payload.nbytes for skeleton in prepared.target.skeletons.values() for payload in skeleton.payload.values()
     )
-    rank, ranks = place()
-    if rank > 0:  # the first rank speaks for all
-        convert.execute(prepared, dst, overwrite=overwrite, jobs=jobs)
-        return
     console.say(
         f"{prepared.direction}: {prepared.source.path} -> {dst}, {prepared.tensors} tensors, {console.size(total)}"
-        + (f", {ranks} processes" if ranks > 1 else "")
     )
     with console.progress(total, prepared.direction) as advance:
         summary = convert.execute(prepared, dst, overwrite=overwrite, jobs=jobs, progress=advance)

@@ -621,10 +621,10 @@ def assemble(
     """Elements [low, high) of a task's tensor in tiles: (first element, bytes). A tile is valid until the next one."""
     width = ITEMSIZE[task.dtype]
     end = prod(task.shape) if high is None else high
+    whole = sum(prod(move.shape) for move in found) == prod(task.shape)  # copies are disjoint: no padding
     for start, stop in tiles(end, width, low, task.shape[-1] if task.shape else 1):
         tile = space.buffer("tile", (stop - start) * width)
-        covered = sum(_overlap(move, start, stop) for move in found) >= stop - start
-        if not covered:
+        if not whole and sum(_overlap(move, start, stop) for move in found) < stop - start:
             _pad(tile, start, width, padding_row)
         fill_tile(space, found, tile, start, task.dtype)
         yield start, tile
@@ -640,9 +640,12 @@ def _overlap(move: Move, low: int, high: int) -> int:
 
 def _pad(tile: memoryview, low: int, width: int, row: bytes | None) -> None:
     pattern = row or bytes(width)
-    start = low * width % len(pattern)
-    repeated = pattern * -(-(len(tile) + start) // len(pattern))
-    tile[:] = repeated[start : start + len(tile)]
+    block = pattern * max(1, SLACK // len(pattern))
+    at, start = 0, low * width % len(pattern)
+    while at < len(tile):
+        piece = block[start : start + len(tile) - at]
+        tile[at : at + len(piece)] = piece
+        at, start = at + len(piece), 0
 
 
 @dataclass(frozen=True, slots=True)

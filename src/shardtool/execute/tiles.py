@@ -6,7 +6,9 @@ elements are rearranged one by one or converted; a conversion without that start
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from math import prod
@@ -37,10 +39,21 @@ class Move(NamedTuple):
     dst_strides: tuple[int, ...]
 
 
+def _numpy() -> Any:
+    """numpy, without the threads of its linear algebra, whose buffers are larger than ours."""
+    name = "OPENBLAS_NUM_THREADS"
+    if "numpy" not in sys.modules and name not in os.environ:
+        os.environ[name] = "1"
+        try:
+            return importlib.import_module("numpy")
+        finally:
+            del os.environ[name]
+    return importlib.import_module("numpy")
+
+
 def numpy_dtype(name: str, *, values: bool) -> Any:
     """The numpy dtype of a torch dtype name. Without `values` only the width matters, and no extension is imported."""
-    import numpy as np  # noqa: PLC0415 - see above
-
+    np = _numpy()
     if not values:
         return np.dtype(f"u{ITEMSIZE[name]}")
     if name == "bool":
@@ -241,8 +254,7 @@ def _moved(work: Workspace, part: Move, tile: memoryview, low: int) -> bool:
 
 def _rearranged(work: Workspace, part: Move, tile: memoryview, low: int, dtype: str) -> None:
     """Place a part element by element."""
-    import numpy as np  # noqa: PLC0415 - see above
-
+    np = _numpy()
     same = part.dtype == dtype
     kind = numpy_dtype(part.dtype, values=not same)
     target = np.frombuffer(tile, numpy_dtype(dtype, values=not same))
