@@ -39,7 +39,7 @@ from shardtool.families.megatron_args import FAMILY_NAME, to_args
 from shardtool.families.registry import family_of, infer_family
 from shardtool.formats.tracker import TRACKER, iteration_name, tracker_bytes
 from shardtool.layout.huggingface import huggingface_layout
-from shardtool.layout.layout import Layout
+from shardtool.layout.layout import Layout, centred
 from shardtool.layout.megatron import Spelling, dist_layout, legacy_layout
 from shardtool.layout.mesh import Mesh, chunks, padded_vocab, virtual_stages
 from shardtool.layout.rules import Rule
@@ -171,6 +171,8 @@ def _to_megatron(
 ) -> Prepared:
     mesh = options.mesh
     _check_options(options, a)
+    # megatron-core has gamma - 1 with Transformer Engine's norms alone (transformer/torch_norm.py)
+    a = replace(a, centred_norms=a.centred_norms and options.spec == "te")
     padded = padded_vocab(a.vocab_size, options.vocab_divisible_by, mesh.tp)
     model_chunks = chunks(mesh, a.num_layers, a.mtp_layers)
     sizes = source.layout.sizes
@@ -181,6 +183,8 @@ def _to_megatron(
         target_layout = legacy_layout(rules, sizes, padded, model_chunks, mesh, spelling, files)
     else:
         target_layout = dist_layout(rules, sizes, padded, model_chunks, mesh, stacked=a.uniform)
+    if a.centred_norms:
+        target_layout = centred(target_layout)
     made = plan(source.layout, target_layout, pad=options.vocab_pad)
     dtypes = resolve_dtypes(made, source.headers, DTYPES.get(options.dtype))
     tensors = target_tensors(made, dtypes)
@@ -289,6 +293,7 @@ def prepare_megatron2hf(
     main = next(tensor.dtype for tensor in tensors)
     config = {**given} if given else family.write_config(a, main)
     config["dtype" if "dtype" in config else "torch_dtype"] = main
+    config.pop("quantization_config", None)  # what is written is dequantised
     companions = hf if hf is not None and hf.is_dir() else None
     return Prepared(
         "megatron2hf", opened, made, target, a, "", {"config.json": config_bytes(config)}, companions, notes, dtypes

@@ -317,7 +317,6 @@ def test_rope_kinds():
         ({"window_size": (7, 3)}, "not causal"),
         ({"position_embedding_type": "relative"}, "position embedding is not converted"),
         ({"squared_relu": True}, "squared ReLU"),
-        ({"apply_layernorm_1p": True}, "gamma - 1"),
     ],
 )
 def test_args_that_are_refused(changes, message):

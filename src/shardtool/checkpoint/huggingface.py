@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shardtool.checkpoint.opened import Header, Opened, account
+from shardtool.checkpoint.quantised import dequantised
 from shardtool.checkpoint.target import Target, TargetTensor
 from shardtool.errors import CheckpointError, UsageError
 from shardtool.families.blocks import axis_sizes
@@ -61,7 +62,7 @@ def open_huggingface(path: Path) -> HuggingFace:
     config = read_config(path)
     family = family_of(config)
     architecture = family.read_config(config)
-    stored = _stored(path, family)
+    stored = dequantised(_stored(path, family), config, str(path))
     if architecture.mtp_layers and not any(
         name.startswith(f"model.layers.{architecture.num_layers}.") for name in stored
     ):

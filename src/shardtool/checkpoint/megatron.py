@@ -17,7 +17,7 @@ from shardtool.formats import megatron_legacy, torch_dist
 from shardtool.formats.stored import Stored
 from shardtool.formats.tracker import Iteration, find_iteration
 from shardtool.layout.chunks import chunked_layout, per_layer_keys
-from shardtool.layout.layout import Key, Layout
+from shardtool.layout.layout import Key, Layout, centred
 from shardtool.layout.megatron import MTP_INNER, STACKED_PREFIX, Spelling, dist_name, legacy_layout
 from shardtool.layout.mesh import Chunk, Mesh
 from shardtool.layout.rules import Rule
@@ -67,6 +67,10 @@ class Megatron:
 
     def layout(self, rules: tuple[Rule, ...], sizes: Mapping[str, int]) -> Layout:
         """Where the components of these rules live in it."""
+        found = self._layout(rules, sizes)
+        return centred(found) if self.architecture.centred_norms else found
+
+    def _layout(self, rules: tuple[Rule, ...], sizes: Mapping[str, int]) -> Layout:
         if self.format == "torch":
             return legacy_layout(rules, sizes, self.padded_vocab, self.chunks, self.mesh, self.spelling, self.files)
         boxes: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
@@ -102,7 +106,7 @@ class Megatron:
         for rule in rules:
             shape = (*((sizes["e"],) if rule.per_expert else ()), *rule.target.shape(sizes))
             wanted = {}
-            for key in (rule.megatron, *rule.dist_aliases):
+            for key in (rule.megatron, *rule.dist_aliases, *(key for key, _ in rule.derived)):
                 one = dist_name(key, stacked=False)
                 if rule.per_layer:
                     wanted[dist_name(key, stacked=True)] = (a.num_layers, *shape)

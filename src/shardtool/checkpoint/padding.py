@@ -7,7 +7,9 @@ from typing import Any
 
 from shardtool.checkpoint.opened import Opened
 from shardtool.execute import engine
-from shardtool.execute.tiles import Workspace, numpy_dtype
+from shardtool.execute.codecs import apply, change
+from shardtool.execute.numbers import numpy_dtype
+from shardtool.execute.tiles import Workspace
 from shardtool.formats.stored import ITEMSIZE, Payload
 from shardtool.layout.layout import Key
 from shardtool.plan.plan import Plan
@@ -33,7 +35,9 @@ def padding_rows(plan: Plan, source: Opened, work: Sequence[tuple[engine.Task, s
             mean = (total / count).astype(np.float32)
             for task, _, payload in work:
                 if task.piece.rule == rule and id(task.piece) in padded:
-                    rows[task.key] = mean.astype(numpy_dtype(payload.dtype, values=True)).tobytes()
+                    changed = change(held[0][0].piece.codec, task.piece.codec)
+                    row = mean if changed is None else apply(changed, mean, len(mean), task.dtype)
+                    rows[task.key] = row.astype(numpy_dtype(payload.dtype, values=True)).tobytes()
     finally:
         space.close()
     return rows

@@ -16,13 +16,13 @@ from itertools import islice, pairwise
 from math import prod
 from typing import Any, NamedTuple
 
-from shardtool.errors import CheckpointError
 from shardtool.execute import tiles as tiling
 from shardtool.execute.checksum import combine, crc32
+from shardtool.execute.codecs import Values
 from shardtool.execute.files import Files
 from shardtool.execute.lower import Run, Task, moves, runs, source_keys, tasks
 from shardtool.execute.tiles import Move, Sources, Workspace, clip, fill_tile, tiles
-from shardtool.formats.stored import ITEMSIZE, Payload, Stored
+from shardtool.formats.stored import ITEMSIZE, Payload, Stored, row_major_strides
 from shardtool.layout.layout import Key
 from shardtool.plan.plan import Plan
 
@@ -351,7 +351,7 @@ class _Worker:
         key = (id(task.sources), task.dtype)
         sources = task.sources
         alike = len(found) == len(sources) and all(
-            move.src_strides is source.src_strides and move.dtype == task.dtype
+            move.src_strides is source.src_strides and move.dtype == task.dtype and move.values is None
             for move, source in zip(found, sources, strict=True)
         )
         if not alike:
@@ -495,6 +495,7 @@ def _block(parts: Sequence[_Part], found: list[list[Move]]) -> _Block | None:
     for part, (move,) in zip(parts, found, strict=True):
         if (
             move.dtype != part.task.dtype
+            or move.values is not None
             or move[:3] != first[:3]
             or move.shape[0] != rows
             or move.src_strides != (stride, 1)
@@ -520,7 +521,8 @@ class _Stream:
         self._space, self._files, self._name, self._progress = space, files, name, progress
         self._tile = tiling.TILE_BYTES
         self._view = space.buffer("stream", self._tile + SLACK)
-        self._base = self._fill = self._limit = 0
+        self._base = self._fill = 0
+        self._limit = self._tile
         self._crc, self._mark, self._checked = 0, 0, False
         self._payload = 0  # bytes of payload that are not yet reported
 
@@ -677,16 +679,13 @@ def compare(
     try:
         for task in islice(tasks(plan, lambda key: held(key).dtype), share[0], None, share[1]):
             target = held(task.key)
-            if target.strides is not None:
-                raise CheckpointError("a tensor to compare with is not contiguous", where=task.key[1])
             width = ITEMSIZE[target.dtype]
             found = moves(task, locate)
             # copies are disjoint, so that many of them as elements leave no padding to look past
             whole = sum(prod(move.shape) for move in found) == prod(task.shape)
             bad = first = count = 0
             for low, tile in assemble(space, task, found):
-                theirs = other.buffer("tile", len(tile))
-                other.read_into(target.file, target.offset + low * width, theirs)
+                theirs = _held(other, target, low, len(tile))
                 size = len(tile) // width
                 if whole and _same(tile, theirs):
                     count += size
@@ -702,6 +701,22 @@ def compare(
     finally:
         sources.close()
     return compared, differences
+
+
+def _held(space: Workspace, target: Stored, low: int, size: int) -> memoryview:
+    """The bytes of a tensor's elements from number `low` on, row-major and dequantised."""
+    tile = space.buffer("tile", size)
+    if target.strides is None and target.quantised is None:
+        space.read_into(target.file, target.offset + low * ITEMSIZE[target.dtype], tile)
+        return tile
+    values = Values(target, None) if target.quantised else None
+    strides = row_major_strides(target.shape)
+    fill_tile(
+        space,
+        [Move(target.file, target.offset, target.dtype, target.shape, 0, target.strides or strides, 0, strides, values)],
+        tile, low, target.dtype,
+    )  # fmt: skip
+    return tile
 
 
 def _same(tile: memoryview, other: memoryview) -> bool:

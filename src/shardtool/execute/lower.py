@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
+from shardtool.execute.codecs import Change, Values, change
 from shardtool.execute.tiles import Move, coalesced
 from shardtool.formats.stored import ITEMSIZE, Stored, row_major_strides
 from shardtool.layout.layout import Key, Piece
@@ -19,7 +20,8 @@ class Source(NamedTuple):
     """A copy as all instances of its target piece share it: neighbouring axes merged, and how to find the source.
 
     `key` takes the source's ids, and `places` tells where these stand in the target's ids followed by those of the
-    loops that the target's ids do not decide (`free`); `steps` what each of the target's ids adds to the offset.
+    loops that the target's ids do not decide (`free`); `steps` what each of the target's ids adds to the offset;
+    `change` what happens to the values.
     """
 
     copy: Copy
@@ -30,6 +32,7 @@ class Source(NamedTuple):
     places: tuple[int, ...]
     steps: tuple[tuple[int, int], ...]
     free: tuple[Loop, ...]
+    change: Change | None
 
     @property
     def columns(self) -> bool:
@@ -40,6 +43,7 @@ class Source(NamedTuple):
             and self.dst_strides == (self.shape[1], 1)
             and self.src_strides[0] > self.shape[1]
             and not self.free
+            and self.change is None
         )
 
 
@@ -89,7 +93,8 @@ def _source(copy: Copy) -> Source:
     shape, src_strides, dst_strides = coalesced(copy.shape, copy.src_strides, copy.dst_strides)
     places = tuple(order.index(name.axis) for name in copy.src.names)
     steps = tuple(step for step in steps if step[1])
-    return Source(copy, shape, src_strides, dst_strides, copy.src.keyer(), places, steps, free)
+    changed = change(copy.src.codec, copy.dst.codec)
+    return Source(copy, shape, src_strides, dst_strides, copy.src.keyer(), places, steps, free, changed)
 
 
 def source_keys(task: Task) -> Iterator[Key]:
@@ -122,11 +127,13 @@ def moves(task: Task, locate: Callable[[Key], Stored]) -> list[Move]:
 
 
 def _move(source: Source, stored: Stored, src: int, dst: int) -> Move:
+    values = Values(stored, source.change) if stored.quantised or source.change else None
     if stored.strides is None:
         return Move(
-            stored.file, stored.offset, stored.dtype, source.shape, src, source.src_strides, dst, source.dst_strides
-        )
-    return _restrided(source.copy, stored, src, dst)
+            stored.file, stored.offset, stored.dtype, source.shape, src, source.src_strides, dst, source.dst_strides,
+            values,
+        )  # fmt: skip
+    return _restrided(source.copy, stored, src, dst)._replace(values=values)
 
 
 def _restrided(copy: Copy, stored: Stored, src: int, dst: int) -> Move:
@@ -164,7 +171,7 @@ def runs(found: Sequence[Move], dtype: str, numel: int, least: int) -> list[Run]
     pieces: list[tuple[int, int, int, int]] = []  # target byte, move, byte from the move's first, size
     for number, move in enumerate(found):
         shape = move.shape
-        if move.dtype != dtype:
+        if move.dtype != dtype or move.values is not None:
             return None
         inner = 1
         if shape and move.src_strides[-1] == 1 and move.dst_strides[-1] == 1:

@@ -6,15 +6,15 @@ elements are rearranged one by one or converted; a conversion without that start
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from shardtool.errors import CheckpointError
+from shardtool.execute.codecs import Values, read_values
+from shardtool.execute.numbers import numpy, numpy_dtype
 from shardtool.formats.stored import ITEMSIZE
 from shardtool.layout.equation import nested_boxes
 
@@ -27,7 +27,10 @@ SPAN_FACTOR = 4  # read up to this many times the wanted bytes at once rather th
 
 
 class Move(NamedTuple):
-    """A strided copy with its source found: elements of `dtype` in `file` from byte `start`. Offsets count elements."""
+    """A strided copy with its source found: elements of `dtype` in `file` from byte `start`. Offsets count elements.
+
+    `values` is there where the elements are computed from what is stored.
+    """
 
     file: str
     start: int
@@ -37,32 +40,7 @@ class Move(NamedTuple):
     src_strides: tuple[int, ...]
     dst_offset: int
     dst_strides: tuple[int, ...]
-
-
-def _numpy() -> Any:
-    """numpy, without the threads of its linear algebra, whose buffers are larger than ours."""
-    name = "OPENBLAS_NUM_THREADS"
-    if "numpy" not in sys.modules and name not in os.environ:
-        os.environ[name] = "1"
-        try:
-            return importlib.import_module("numpy")
-        finally:
-            del os.environ[name]
-    return importlib.import_module("numpy")
-
-
-def numpy_dtype(name: str, *, values: bool) -> Any:
-    """The numpy dtype of a torch dtype name. Without `values` only the width matters, and no extension is imported."""
-    np = _numpy()
-    if not values:
-        return np.dtype(f"u{ITEMSIZE[name]}")
-    if name == "bool":
-        return np.dtype(bool)
-    if hasattr(np, name):
-        return np.dtype(name)
-    import ml_dtypes  # noqa: PLC0415 - only where values are converted
-
-    return np.dtype(getattr(ml_dtypes, name))
+    values: Values | None = None
 
 
 def coalesce(move: Move) -> Move:
@@ -99,15 +77,10 @@ def clip(move: Move, low: int, high: int) -> Iterator[Move]:
     ]
     for box in nested_boxes(extents, low - move.dst_offset, high - move.dst_offset):
         starts = [box[str(at)][0] for at in range(len(move.shape))]
-        yield Move(
-            move.file,
-            move.start,
-            move.dtype,
-            tuple(box[str(at)][1] - box[str(at)][0] for at in range(len(move.shape))),
-            move.src_offset + sum(i * s for i, s in zip(starts, move.src_strides, strict=True)),
-            move.src_strides,
-            move.dst_offset + sum(i * s for i, s in zip(starts, move.dst_strides, strict=True)),
-            move.dst_strides,
+        yield move._replace(
+            shape=tuple(box[str(at)][1] - box[str(at)][0] for at in range(len(move.shape))),
+            src_offset=move.src_offset + sum(i * s for i, s in zip(starts, move.src_strides, strict=True)),
+            dst_offset=move.dst_offset + sum(i * s for i, s in zip(starts, move.dst_strides, strict=True)),
         )
 
 
@@ -185,6 +158,12 @@ class Workspace:
             done += count
         self.bytes_read += done
 
+    def read(self, file: str, offset: int, size: int) -> memoryview:
+        """Bytes of a file, in a buffer that holds them until the next call."""
+        held = self.buffer("span", size)
+        self.read_into(file, offset, held)
+        return held
+
     def read_rows(self, file: str, offset: int, rows: Sequence[memoryview], size: int) -> None:
         """Fill views, `size` bytes in all, one after the other with the bytes of a file from `offset` on."""
         descriptor = self._sources.descriptor(file)
@@ -218,14 +197,14 @@ def fill_tile(work: Workspace, moves: Sequence[Move], tile: memoryview, low: int
     width = ITEMSIZE[dtype]
     for move in moves:
         for part in clip(move, low, low + len(tile) // width):
-            if part.dtype != dtype or not _moved(work, part, tile, low):
+            if part.values is not None or part.dtype != dtype or not _moved(work, part, tile, low):
                 _rearranged(work, part, tile, low, dtype)
 
 
 def _moved(work: Workspace, part: Move, tile: memoryview, low: int) -> bool:
     """Place a part by reading alone, where its rows are long enough; whether that was done."""
     width = ITEMSIZE[part.dtype]
-    (file, start, _, _, src_offset, _, dst_offset, _) = part
+    (file, start, _, _, src_offset, _, dst_offset, _, _) = part
     shape, src_strides, dst_strides = coalesced(part.shape, part.src_strides, part.dst_strides)
     source, at = start + src_offset * width, (dst_offset - low) * width
     if not shape:
@@ -254,8 +233,8 @@ def _moved(work: Workspace, part: Move, tile: memoryview, low: int) -> bool:
 
 def _rearranged(work: Workspace, part: Move, tile: memoryview, low: int, dtype: str) -> None:
     """Place a part element by element."""
-    np = _numpy()
-    same = part.dtype == dtype
+    np = numpy()
+    same = part.dtype == dtype and part.values is None
     kind = numpy_dtype(part.dtype, values=not same)
     target = np.frombuffer(tile, numpy_dtype(dtype, values=not same))
     for piece in _readable(part, kind.itemsize):
@@ -265,13 +244,15 @@ def _rearranged(work: Workspace, part: Move, tile: memoryview, low: int, dtype: 
             tuple(s * target.itemsize for s in piece.dst_strides),
         )
         span = 1 + sum((n - 1) * s for n, s in zip(piece.shape, piece.src_strides, strict=True))
-        raw = work.buffer("span", span * kind.itemsize)
-        work.read_into(piece.file, piece.start + piece.src_offset * kind.itemsize, raw)
-        source = np.frombuffer(raw, kind)
-        values = np.lib.stride_tricks.as_strided(
-            source, piece.shape, tuple(s * kind.itemsize for s in piece.src_strides)
+        if piece.values is None:
+            start = piece.start + piece.src_offset * kind.itemsize
+            source = np.frombuffer(work.read(piece.file, start, span * kind.itemsize), kind)
+        else:
+            source = read_values(piece.values, piece.src_offset, span, work.read)
+        elements = np.lib.stride_tricks.as_strided(
+            source, piece.shape, tuple(s * source.itemsize for s in piece.src_strides)
         )
-        np.copyto(view, values, casting="unsafe")
+        np.copyto(view, elements, casting="unsafe")
 
 
 def _readable(part: Move, width: int) -> Iterator[Move]:
@@ -288,15 +269,10 @@ def _readable(part: Move, width: int) -> Iterator[Move]:
     for start, size in ((0, half), (half, part.shape[axis] - half)):
         shape = tuple(size if at == axis else n for at, n in enumerate(part.shape))
         yield from _readable(
-            Move(
-                part.file,
-                part.start,
-                part.dtype,
-                shape,
-                part.src_offset + start * part.src_strides[axis],
-                part.src_strides,
-                part.dst_offset + start * part.dst_strides[axis],
-                part.dst_strides,
+            part._replace(
+                shape=shape,
+                src_offset=part.src_offset + start * part.src_strides[axis],
+                dst_offset=part.dst_offset + start * part.dst_strides[axis],
             ),
             width,
         )

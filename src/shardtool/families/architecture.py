@@ -101,6 +101,9 @@ class Architecture:
     mla: LatentAttention | None = None
     no_rope_layers: tuple[int, ...] = ()  # layers whose attention has no position embedding
     mtp_layers: int = 0  # multi-token-prediction layers after the last layer
+    centred_norms: bool = (
+        False  # Megatron stores norms as gamma - 1 under Transformer Engine's names; no other function
+    )
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

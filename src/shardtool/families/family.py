@@ -13,6 +13,8 @@ from shardtool.layout.rules import Rule
 Config = Mapping[str, Any]
 
 
+# quant_method of quantization_config: what reading dequantises (checkpoint.quantised)
+DEQUANTISED = ("fp8", "mxfp4")
 TRAINING_ONLY = frozenset({"attention_dropout", "hidden_dropout"})  # they do not change what the model computes
 
 
@@ -108,7 +110,11 @@ class Family:
 
 
 def describe_differences(a: Architecture, b: Architecture, ignore: frozenset[str] = frozenset()) -> list[str]:
-    """One line per field in which two architectures differ. The size of a dense MLP counts only where there is one."""
+    """One line per field in which two architectures differ.
+
+    The size of a dense MLP counts only where there is one. How norms are stored is no difference of the model.
+    """
+    ignore |= {"centred_norms"}
     if a.moe and b.moe and len(a.moe_layers) == a.num_layers and len(b.moe_layers) == b.num_layers:
         ignore |= {"ffn_size"}
     ours, theirs = asdict(a), asdict(b)
@@ -133,6 +139,10 @@ def _refuse_activation(a: Architecture) -> str | None:
 
 
 def _refuse_quantised(config: Config) -> str | None:
-    if quantised := config.get("quantization_config"):
-        return f"its weights are quantised ({quantised.get('quant_method', 'unknown method')}); dequantise them first"
-    return None
+    quantised = config.get("quantization_config")
+    if not quantised or quantised.get("quant_method") in DEQUANTISED:
+        return None
+    method = quantised.get("quant_method", "unknown method")
+    return (
+        f"its weights are quantised ({method}); {' and '.join(DEQUANTISED)} are dequantised on reading, others are not"
+    )

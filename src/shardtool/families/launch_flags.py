@@ -35,6 +35,7 @@ def launch_flags(
         *(["--swiglu"] if a.gated else []),
         *([] if a.tied else ["--untie-embeddings-and-output-weights"]),
         f"--normalization {'RMSNorm' if a.norm == 'rms' else 'LayerNorm'}",
+        *(["--apply-layernorm-1p"] if a.centred_norms else []),
         f"--attention-dropout {a.attention_dropout}",
         f"--hidden-dropout {a.hidden_dropout}",
     ]

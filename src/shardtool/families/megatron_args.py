@@ -26,7 +26,6 @@ NOT_CONVERTED = {
     "linear_attention_type": "linear attention",
     "heterogeneous_layers_config_path": "heterogeneous layers",
     "heterogeneous_layers_config_encoded_json": "heterogeneous layers",
-    "apply_layernorm_1p": "norms stored as gamma - 1",
     "squared_relu": "squared ReLU",
     "window_attn_skip_freq": "a window on some layers only",
 }
@@ -65,7 +64,7 @@ def to_args(
         "openai_gelu": False,
         "bias_gelu_fusion": a.activation == "gelu_tanh",
         "untie_embeddings_and_output_weights": not a.tied,
-        "apply_layernorm_1p": False,
+        "apply_layernorm_1p": a.centred_norms,
         "normalization": "RMSNorm" if a.norm == "rms" else "LayerNorm",
         "norm_epsilon": a.norm_eps,
         "qk_layernorm": a.qk_norm,
@@ -280,6 +279,7 @@ def from_args(args: Args) -> Architecture:
         moe=_moe(args, args["num_layers"], ffn),
         mla=_mla(args),
         mtp_layers=args.get("mtp_num_layers") or 0,
+        centred_norms=bool(args.get("apply_layernorm_1p")),
         attention_dropout=args.get("attention_dropout") or 0.0,
         hidden_dropout=args.get("hidden_dropout") or 0.0,
     )

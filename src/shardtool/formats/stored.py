@@ -20,10 +20,33 @@ ITEMSIZE: dict[str, int] = {
 
 
 @dataclass(frozen=True, slots=True)
+class BlockScaled:
+    """FP8 (e4m3fn) bytes with one scale per block of `rows` x `columns` of the matrix: value = byte * scale.
+
+    `scale` is [ceil(matrix rows / rows), ceil(matrix columns / columns)] in fp32 or bf16; edge blocks may be smaller.
+    """
+
+    scale: Stored
+    rows: int = 128
+    columns: int = 128
+
+
+@dataclass(frozen=True, slots=True)
+class MicroScaled:
+    """MXFP4: two e2m1 elements per byte, the low half first; value = element * 2 ** (scale - 127).
+
+    `scale` has one byte for every 32 elements in the order of storage.
+    """
+
+    scale: Stored
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
     """One tensor's payload: `shape` elements of `dtype` from byte `offset` of `file` (a path that can be opened).
 
-    `strides` are in elements; None means row-major and contiguous.
+    `strides` are in elements; None means row-major and contiguous. A `quantised` tensor's payload is in another form;
+    `dtype` is what its values are rounded to when nothing else is asked for.
     """
 
     file: str
@@ -31,6 +54,7 @@ class Stored:
     shape: tuple[int, ...]
     dtype: str
     strides: tuple[int, ...] | None = None
+    quantised: BlockScaled | MicroScaled | None = None
 
     @property
     def nbytes(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import product
 
 from shardtool.layout.equation import Tensor
@@ -38,6 +39,9 @@ def chunked_layout(
             present = [name for name in keys if name in tensors] or keys[:1]
             for name in present:
                 pieces += _tensor(number, rule, name, instance, tensors.get(name), stored, name != present[0])
+            for name, codec in rule.derived:
+                made = _tensor(number, rule, name, instance, tensors.get(name), stored, True)
+                pieces += [replace(piece, codec=codec) for piece in made]
     kind = "stacked layers" if stacked else "per-layer keys"
     return Layout(rules, 1, sizes, tuple(pieces), {"v": padded}, f"Megatron torch_dist, {kind}")
 

@@ -20,9 +20,10 @@ def huggingface_layout(
     for number, rule in enumerate(rules):
         for tensor, name in enumerate(rule.hf):
             dims = rule.equation.left[tensor].without(named_axes(name))
-            pieces.append(Piece(number, tensor, dims, name, names=_names(rule, name, sizes)))
+            pieces.append(Piece(number, tensor, dims, name, names=_names(rule, name, sizes), codec=rule.codec(tensor)))
         for copy in (*rule.aliases, *rule.copies):
-            piece = Piece(number, 0, rule.equation.left[0], copy, names=_names(rule, copy, sizes), replica=True)
+            names = _names(rule, copy, sizes)
+            piece = Piece(number, 0, rule.equation.left[0], copy, names=names, replica=True, codec=rule.codec(0))
             wanted = (
                 copy in rule.aliases if present is None else any(piece.key(ids)[1] in present for ids in piece.ids())
             )

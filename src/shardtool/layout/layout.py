@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 
+from shardtool.layout.codecs import CENTRED, Codec
 from shardtool.layout.equation import Tensor
 from shardtool.layout.rules import Rule
 
@@ -35,7 +36,8 @@ class Piece:
     """Stored tensors of one shape: tensor number `tensor` of one side of rule number `rule`.
 
     `part` entries are numbers, or the name of a name axis whose id stands there. `replica` pieces hold what another
-    piece of the layout holds: written like it, compared with it on reading.
+    piece of the layout holds: written like it, compared with it on reading. `codec` says how the stored elements stand
+    for the components' values; None: they are the values.
     """
 
     rule: int
@@ -48,6 +50,7 @@ class Piece:
     window: tuple[tuple[int, int], ...] | None = None
     part: tuple[int | str, ...] = ()
     replica: bool = False
+    codec: Codec | None = None
 
     @property
     def instances(self) -> int:
@@ -123,3 +126,12 @@ class Layout:
         for piece in self.pieces:
             for _, key in piece.keyed():
                 yield key, piece
+
+
+def centred(layout: Layout) -> Layout:
+    """The same layout with norms stored as gamma - 1 (Megatron-LM's --apply-layernorm-1p)."""
+    pieces = (
+        replace(piece, codec=CENTRED) if layout.rules[piece.rule].gamma and piece.codec is None else piece
+        for piece in layout.pieces
+    )
+    return replace(layout, pieces=tuple(pieces))

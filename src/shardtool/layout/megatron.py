@@ -61,9 +61,9 @@ class Spelling:
         return key.replace(MTP_INNER, f".{self.mtp}.")
 
 
-def on_first(rule: Rule) -> bool:
-    """Whether the rule's tensor is on the chunk with the embedding; otherwise the layers' or the last."""
-    return rule.megatron.startswith("embedding.")
+def on_first(key: str) -> bool:
+    """Whether the tensor of a key outside the layers is on the chunk with the embedding; otherwise the last."""
+    return key.startswith("embedding.")
 
 
 def rank_grid(mesh: Mesh) -> dict[tuple[int, int], int]:
@@ -219,7 +219,10 @@ def legacy_layout(
                 if held:
                     pieces += place(number, rule, chunk, name, (NameAxis(LAYER, held, chunk.layers[0]),))
         else:
-            pieces += place(number, rule, first if on_first(rule) else last, name, ())
+            pieces += place(number, rule, first if on_first(name) else last, name, ())
+            for key, codec in rule.derived:
+                made = place(number, rule, first if on_first(key) else last, key, ())
+                pieces += [replace(piece, replica=True, codec=codec) for piece in made]
             copies = [(last, rule.tied_copy)] if rule.tied_copy and mesh.pp > 1 else []
             if rule.megatron == EMBEDDING and sizes.get(MTP) and mtp.pp > 0:
                 copies.append((mtp, EMBEDDING))  # multi-token prediction embeds its tokens where it runs
@@ -261,22 +264,29 @@ def dist_layout(
             in_chunks = [(chunk, tuple(layer for layer in chunk.layers if layer in held)) for chunk in model_chunks]
             homes = [(chunk, (NameAxis(LAYER, ids),)) for chunk, ids in in_chunks if ids]
         else:
-            homes = [(first if on_first(rule) else last, ())]
+            homes = [(first if on_first(rule.megatron) else last, ())]
         for chunk, names in homes:
-            pieces += _dist_pieces(number, rule, chunk, names, mesh, stored, stacked)
+            pieces += _dist_pieces(
+                number, rule, (rule.megatron, *rule.dist_aliases), chunk, names, mesh, stored, stacked
+            )
+        for key, codec in rule.derived:
+            held_by = first if on_first(key) else last
+            made = _dist_pieces(number, rule, (key,), held_by, (), mesh, stored, stacked)
+            pieces += [replace(piece, replica=True, codec=codec) for piece in made]
     return Layout(rules, 1, sizes, tuple(pieces), {"v": padded}, f"Megatron torch_dist, tp {mesh.tp} pp {mesh.pp}")
 
 
 def _dist_pieces(
     number: int,
     rule: Rule,
+    keys: tuple[str, ...],
     chunk: Chunk,
     names: tuple[NameAxis, ...],
     mesh: Mesh,
     stored: dict[str, int],
     stacked: bool,
 ) -> Iterator[Piece]:
-    """The chunks of one rule's tensors in one model chunk, and the same under the rule's other keys."""
+    """The chunks of one rule's tensors in one model chunk, under the first of the keys and again under the others."""
     shape = rule.target.shape(stored)
     blocks = range(mesh.ep) if rule.per_expert else range(1)
     width = mesh.expert_tp if rule.per_expert else mesh.tp
@@ -297,9 +307,9 @@ def _dist_pieces(
                 windows = _whole_windows(shape, _windows(rule.target, cut, stored) if cut else [])
             for window in windows:
                 part: tuple[int | str, ...] = (*leading, *(low for low, _ in window))
-                for key in (rule.megatron, *rule.dist_aliases):
+                for key in keys:
                     name = dist_name(key, stacked=stacked)
-                    yield Piece(number, 0, rule.target, name, file, axes, (), window, part, key != rule.megatron)
+                    yield Piece(number, 0, rule.target, name, file, axes, (), window, part, key != keys[0])
 
 
 def dist_name(key: str, *, stacked: bool) -> str:

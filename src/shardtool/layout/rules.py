@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from shardtool.layout.codecs import Codec
 from shardtool.layout.equation import Equation, Tensor, parse
 
 LAYER, EXPERT, MTP = "l", "e", "m"  # the axes that stand in names: layers, experts, multi-token-prediction layers
@@ -22,7 +24,9 @@ class Rule:
     `copies` are other Hugging Face names under which the first tensor may also be on disk (a tied head); `aliases`
     are names under which it always is. `dist_aliases` are other torch_dist keys of the same tensor, both written and read.
     `tied_copy` is the key of the copy that the last pipeline stage keeps in per-rank files (tied embeddings).
-    `keep_dtype` exempts it from casts.
+    `keep_dtype` exempts it from casts. `codecs` say how the Hugging Face tensors store their values, one each (empty:
+    as they are). `derived` are further Megatron tensors with the same components behind a codec, (key, codec): written
+    like the first, compared with it on reading.
     """
 
     hf: tuple[str, ...]
@@ -36,6 +40,17 @@ class Rule:
     aliases: tuple[str, ...] = ()
     dist_aliases: tuple[str, ...] = ()
     keep_dtype: bool = False
+    codecs: tuple[Codec | None, ...] = ()
+    derived: tuple[tuple[str, Codec | None], ...] = ()
+
+    @property
+    def gamma(self) -> bool:
+        """Whether it is the scale of a norm, which Megatron may store as gamma - 1 (apply_layernorm_1p)."""
+        return re.search(r"(layer_norm_|norm\.)weight$", self.megatron) is not None
+
+    def codec(self, tensor: int) -> Codec | None:
+        """The codec of one of its Hugging Face tensors."""
+        return self.codecs[tensor] if self.codecs else None
 
     @property
     def per_layer(self) -> bool:

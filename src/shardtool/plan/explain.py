@@ -9,6 +9,7 @@ from itertools import takewhile
 from math import prod
 from typing import Any
 
+from shardtool.layout.codecs import describe
 from shardtool.layout.equation import component_axes
 from shardtool.layout.layout import Layout, Piece
 from shardtool.plan.plan import Copy, Plan
@@ -32,6 +33,7 @@ def explain(plan: Plan, dtypes: Mapping[int, str] | None = None) -> list[str]:
             f"  write    {_tensors(plan.dst, held, dtypes)}",
             f"  copies   {_copies(copies[number])}",
         ]
+        lines += [f"  values   {text}" for text in _values(copies[number])]
         lines += [f"  padding  {text}" for text in _padding(plan, read[number], held)]
     return lines
 
@@ -204,6 +206,17 @@ def _copies(copies: list[Copy]) -> str:
     wide = [(axis, size) for axis, size in zip(largest.axes, largest.shape, strict=True) if size > 1]
     shape = " x ".join(str(size) for _, size in wide) + f" ({' '.join(axis for axis, _ in wide)})" if wide else "1"
     return f"{sum(map(_instances, real)):,}, largest {shape}, runs of {_run(largest):,} elements"
+
+
+def _values(copies: list[Copy]) -> list[str]:
+    """What happens to the values of tensors whose two sides store them in different ways."""
+    changed = dict.fromkeys((copy.src, copy.dst) for copy in copies if copy.src.codec != copy.dst.codec)
+    return list(
+        dict.fromkeys(
+            f"{src.name}: {describe(src.codec)}; {dst.name}: {describe(dst.codec)}; in fp32, rounded once"
+            for src, dst in changed
+        )
+    )
 
 
 def _run(copy: Copy) -> int:

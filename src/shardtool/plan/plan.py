@@ -17,6 +17,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from shardtool.errors import CheckpointError
+from shardtool.layout.codecs import describe
 from shardtool.layout.equation import Tensor, boxes, component_axes, view
 from shardtool.layout.layout import Key, Layout, Piece
 
@@ -134,6 +135,7 @@ class Plan:
                     "to_strides": list(c.dst_strides),
                     "loops": [[loop.axis, list(loop.ids), loop.src_stride, loop.dst_stride] for loop in c.loops],
                     "replica": c.dst.replica,
+                    **_codecs(c),
                 }
                 for c in by_rule[number]
             ]
@@ -159,6 +161,13 @@ class Plan:
     def digest(self) -> str:
         """A hash of everything that the plan says."""
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def _codecs(copy: Copy) -> dict[str, str]:
+    """How a copy changes values, where it does."""
+    if copy.src.codec == copy.dst.codec:
+        return {}
+    return {"from_codec": describe(copy.src.codec), "to_codec": describe(copy.dst.codec)}
 
 
 def plan(src: Layout, dst: Layout, *, pad: str = "zeros") -> Plan:

@@ -137,7 +137,13 @@ def _open_both(a: HuggingFace | Megatron, b: HuggingFace | Megatron) -> tuple[Op
 
 
 def _exact(a: Opened, b: Opened) -> Level:
-    """Every bit that the plan would write from a, compared with what b holds; replicas on both sides as well."""
+    """Every bit that the plan would write from a, compared with what b holds; replicas on both sides as well.
+
+    A Hugging Face directory is converted and compared with Megatron's, not the other way round: values that are folded or
+    normalised on the way in have no exact way back.
+    """
+    if b.layout.side == 0:
+        a, b = b, a
     made = plan(a.layout, b.layout)
     try:
         compared, differences = engine.compare(made, a.locate, b.locate)

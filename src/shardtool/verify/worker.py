@@ -80,6 +80,14 @@ def _run_stage(
     return results
 
 
+def _add_one(model: GPTModel) -> None:
+    """Norms stored as gamma - 1 become gamma: the local spec's norms know no other form."""
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("norm.weight"):
+                value.add_(1)
+
+
 def _together(action: Callable[[], None]) -> None:
     """Run a rank's own work; when it fails on any rank, fail on all, so that nobody waits in a collective."""
     mine: ShardtoolError | None = None
@@ -128,6 +136,8 @@ def run(job: Job) -> None:
     for chunk in chunks(mesh, job.architecture.num_layers, job.architecture.mtp_layers):
         model = build_stage(job.architecture, mesh, chunk, dtype, vocab)
         _together(lambda model=model, chunk=chunk: load_stage(model, job.directory, mesh, chunk))  # type: ignore[misc]
+        if job.architecture.centred_norms:
+            _add_one(model)
         traces.attach(model, chunk)
         streams = _run_stage(model, chunk, job, streams, traces)
         del model

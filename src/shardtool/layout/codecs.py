@@ -1,0 +1,50 @@
+"""Codecs: how the elements that a tensor stores stand for the values of its components.
+
+A piece of a layout may have one. *Decoding* gives the values that both sides of a plan mean, *encoding* what is stored.
+Between two pieces with the same codec nothing is computed: the bytes are copied. Everything else is computed in fp32
+and rounded once, to the dtype of the target (`execute.codecs`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """value = stored * scale + shift; stored = (value - shift) / scale.
+
+    `inverse` exchanges the two, so that a stored tensor can be a product: stored = value * scale + shift. With
+    `rounded` the scale is first rounded to the dtype of the tensor that it multiplies, as models do that keep it as a
+    scalar tensor of their own dtype.
+    """
+
+    scale: float = 1.0
+    shift: float = 0.0
+    inverse: bool = False
+    rounded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NormalisedRows:
+    """value = stored / (the L2 norm of its row), in the stored dtype; stored = value, whose rows have the norm 1.
+
+    The scale of the rows is lost: what is written back is the normalised tensor, which stands for the same values.
+    """
+
+
+Codec: TypeAlias = Affine | NormalisedRows
+
+CENTRED = Affine(shift=1.0)  # norms stored as gamma - 1
+
+
+def describe(codec: Codec | None) -> str:
+    """A codec in words, for people and for the plan's digest."""
+    if codec is None:
+        return "stored as it is"
+    if isinstance(codec, NormalisedRows):
+        return "rows normalised"
+    product = f"{'value' if codec.inverse else 'stored'} * {codec.scale!r} + {codec.shift!r}"
+    rounded = ", the factor rounded to the dtype" if codec.rounded else ""
+    return f"{'stored' if codec.inverse else 'value'} = {product}{rounded}"
