@@ -124,6 +124,8 @@ def prepare_hf2megatron(src: Path, options: MegatronOptions) -> Prepared:
     source = open_huggingface(src)
     a = source.opened.architecture
     notes = source.family.caveats(a)
+    if a.centred_norms and options.spec == "local":
+        notes += ("norms are written as 1 + weight, rounded to the dtype; --spec te keeps the weights as they are",)
     return _to_megatron("hf2megatron", source.opened, a, source.opened.layout.rules, _filled(options), None, notes)
 
 

@@ -63,9 +63,8 @@ def open_huggingface(path: Path) -> HuggingFace:
     family = family_of(config)
     architecture = family.read_config(config)
     stored = dequantised(_stored(path, family), config, str(path))
-    if architecture.mtp_layers and not any(
-        name.startswith(f"model.layers.{architecture.num_layers}.") for name in stored
-    ):
+    mtp = family.mtp_prefix.format(n=architecture.num_layers)
+    if architecture.mtp_layers and not any(name.startswith(mtp) for name in stored):
         architecture = replace(architecture, mtp_layers=0)  # transformers writes the count, never the layers
     rules = family.rules(architecture)
     layout = huggingface_layout(rules, axis_sizes(architecture), present=stored.keys())

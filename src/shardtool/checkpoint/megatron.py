@@ -103,10 +103,11 @@ class Megatron:
         """torch_dist: the whole tensors have the shapes of the model; chunks alone could hide a missing layer."""
         sizes = {**axis_sizes(a), "v": self.padded_vocab}
         wrong = []
-        for rule in rules:
-            shape = (*((sizes["e"],) if rule.per_expert else ()), *rule.target.shape(sizes))
+        for rule, part in [(each, part) for each in rules for part in each.parts]:
+            shape = (*((sizes["e"],) if rule.per_expert else ()), *part.tensor.shape(sizes))
             wanted = {}
-            for key in (rule.megatron, *rule.dist_aliases, *(key for key, _ in rule.derived)):
+            for base in (rule.megatron, *rule.dist_aliases, *(key for key, _ in rule.derived)):
+                key = base + part.ending
                 one = dist_name(key, stacked=False)
                 if rule.per_layer:
                     wanted[dist_name(key, stacked=True)] = (a.num_layers, *shape)

@@ -21,6 +21,7 @@ from shardtool.layout.rules import Rule
 
 METADATA_JSON_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
+LINEARS = ("eh_proj", "in_proj", "out_proj")  # those whose names do not say that they are
 
 
 def rank_files(mesh: Mesh, *, experts: bool = False) -> dict[tuple[int, int, int], str]:
@@ -69,7 +70,7 @@ def _extra_states(names: Sequence[str], spec: str) -> list[str]:
     for name in names:
         module, _, leaf = name.rpartition(".")
         kind = module.rpartition(".")[2]
-        linear = kind.startswith("linear_") or kind in ("output_layer", "eh_proj")
+        linear = kind.startswith("linear_") or kind == "output_layer" or kind in LINEARS
         if re.fullmatch(r"weight\d*", leaf) and (linear or (spec == "te" and kind.endswith("norm"))):
             found[module + "._extra_state"] = None
     return list(found)
@@ -131,7 +132,7 @@ def _extra_objects(rules: Sequence[Rule], a: Architecture) -> list[str]:
             kind = module.rpartition(".")[2]
             if (
                 leaf in ("weight", "weight{e}")
-                and (kind.startswith("linear_") or kind.endswith("norm") or kind == "eh_proj")
+                and (kind.startswith("linear_") or kind.endswith("norm") or kind in LINEARS)
             ) or leaf == "layer_norm_weight":
                 names.update(dict.fromkeys(_extra_instances(rule, module, a)))
     return list(names)

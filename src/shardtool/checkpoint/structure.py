@@ -38,7 +38,7 @@ def structure(source: Megatron) -> Architecture:
     if not all(layers):
         return a
     dense_tp, expert_tp = (source.mesh.tp, source.mesh.expert_tp) if source.format == "torch" else (1, 1)
-    a = _attention(a, layers[0], dense_tp)
+    a = _attention(a, next((layer for layer in layers if QKV + ".weight" in layer), layers[0]), dense_tp)
     a = replace(a, moe=_moe(a, layers, dense_tp, expert_tp), mtp_layers=_mtp_layers(source))
     norm_biases = (QKV + ".layer_norm_bias", "input_layernorm.bias")
     a = replace(a, norm="layer" if any(name in layers[0] for name in norm_biases) else "rms")

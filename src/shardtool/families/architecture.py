@@ -69,6 +69,18 @@ class LatentAttention:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearAttention:
+    """Gated delta net: the layers that have it instead of attention, its heads, their dims, and the convolution's kernel."""
+
+    layers: tuple[int, ...]
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """A decoder-only transformer. Sizes are whole-model sizes; `vocab_size` is the true one, without padding.
 
@@ -101,9 +113,9 @@ class Architecture:
     mla: LatentAttention | None = None
     no_rope_layers: tuple[int, ...] = ()  # layers whose attention has no position embedding
     mtp_layers: int = 0  # multi-token-prediction layers after the last layer
-    centred_norms: bool = (
-        False  # Megatron stores norms as gamma - 1 under Transformer Engine's names; no other function
-    )
+    output_gate: bool = False  # attention's output is multiplied by the sigmoid of a further projection
+    linear: LinearAttention | None = None
+    centred_norms: bool = False  # Megatron stores norms as gamma - 1 (Transformer Engine's alone): no other function
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -111,6 +123,11 @@ class Architecture:
         return self.moe.layers if self.moe else ()
 
     @property
+    def linear_layers(self) -> tuple[int, ...]:
+        """The layers with linear attention."""
+        return self.linear.layers if self.linear else ()
+
+    @property
     def uniform(self) -> bool:
         """Whether all layers are alike, so that torch_dist stacks them."""
-        return len(self.moe_layers) in (0, self.num_layers)
+        return self.linear is None and len(self.moe_layers) in (0, self.num_layers)

@@ -4,15 +4,17 @@ A row of a table is (Hugging Face names, equation, Megatron key, axis that tp sh
 p position, h hidden, g query group, q query head in its group, d head dim, f MLP rows; e expert, x rows of an expert,
 s rows of the shared expert; n attention head, k query dims, u key and value dims, w value dims of a head (latent
 attention), y query rank, z key-value rank, j rows of the key-value down projection; m MTP layer, o hidden as output,
-i both inputs of an MTP layer.
+i both inputs of an MTP layer; t key head, r value head of a key head, a key dim, b value dim, c kernel (linear attention).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from shardtool.families.architecture import Architecture
+from shardtool.layout.codecs import CENTRED
 from shardtool.layout.rules import Rule, rule
 
 Row = tuple[str | tuple[str, ...], str, str, str | None]
@@ -20,6 +22,7 @@ Row = tuple[str | tuple[str, ...], str, str, str | None]
 # fmt: off
 QKV      = "(g q d) h, (g d) h, (g d) h -> (g (q d + d + d)) h"
 QKV_BIAS = "(g q d), (g d), (g d) -> (g (q d + d + d))"
+GATED_QKV = "(g q (d + d)) h, (g d) h, (g d) h -> (g (q d + q d + d + d)) h"  # the output gate behind each query head
 OUT      = "h (g q d) -> h (g q d)"
 GLU      = "f h, f h -> (f + f) h"
 GLU_BIAS = "f, f -> (f + f)"
@@ -39,6 +42,8 @@ OUTPUT     = "output_layer.weight"
 INPUT_NORM = "self_attention.linear_qkv.layer_norm"
 LINEAR_QKV = "self_attention.linear_qkv"
 LINEAR_OUT = "self_attention.linear_proj"
+IN_PROJ    = "self_attention.in_proj"
+OUT_NORM   = "self_attention.out_norm.weight"
 Q_NORM     = "self_attention.q_layernorm"
 K_NORM     = "self_attention.k_layernorm"
 MLP_NORM   = "mlp.linear_fc1.layer_norm"
@@ -88,6 +93,8 @@ def layers(
         options: dict[str, Any] = {"layers": within}
         if megatron in dist_aliases:
             options["dist_aliases"] = (inner + dist_aliases[megatron],)
+        if megatron in DIST_PARTS:
+            options["dist_parts"] = DIST_PARTS[megatron]
         if megatron in LOCAL_TP:
             options["tp_local"] = LOCAL_TP[megatron]
         if megatron == ROUTER_BIAS:
@@ -113,7 +120,7 @@ def attention(a: Architecture) -> list[Row]:
     table: list[Row] = [
         ("input_layernorm.weight",                                    HIDDEN,   INPUT_NORM + "_weight", None),
         (("self_attn.q_proj.weight", "self_attn.k_proj.weight",
-          "self_attn.v_proj.weight"),                                 QKV,      LINEAR_QKV + ".weight", "g"),
+          "self_attn.v_proj.weight"), GATED_QKV if a.output_gate else QKV,      LINEAR_QKV + ".weight", "g"),
         ("self_attn.o_proj.weight",                                   OUT,      LINEAR_OUT + ".weight", "g"),
     ]
     if a.qkv_bias or a.linear_bias:
@@ -128,6 +135,37 @@ def attention(a: Architecture) -> list[Row]:
         table += [("input_layernorm.bias",                            HIDDEN,   INPUT_NORM + "_bias",   None)]
     # fmt: on
     return table
+
+
+# what in_proj and conv1d consist of; megatron-core keeps each part as a tensor of its own (0.16.1 ssm/gated_delta_net.py)
+DIST_PARTS = {
+    IN_PROJ + ".weight": ("query", "key", "value", "z", "beta", "alpha"),
+    "self_attention.conv1d.weight": ("query", "key", "value"),
+}
+
+
+def linear_attention(in_proj: Row) -> list[Row]:
+    """Gated delta net under Qwen3-Next's names, with the norm before it; `in_proj` is the row of its projections."""
+    at = "self_attention."
+    # fmt: off
+    return [
+        ("input_layernorm.weight",    HIDDEN,                             IN_PROJ + ".layer_norm_weight", None),
+        in_proj,
+        ("linear_attn.conv1d.weight", "(t a + t a + t r b) 1 c -> (t a + t a + t r b) 1 c", at + "conv1d.weight", "t"),
+        ("linear_attn.A_log",         "(t r) -> (t r)",                   at + "A_log",           "t"),
+        ("linear_attn.dt_bias",       "(t r) -> (t r)",                   at + "dt_bias",         "t"),
+        ("linear_attn.norm.weight",   "b -> b",                           OUT_NORM,               None),
+        ("linear_attn.out_proj.weight", "h (t r b) -> h (t r b)",         at + "out_proj.weight", "t"),
+    ]
+    # fmt: on
+
+
+IN_PROJ_GROUPED: Row = (  # per key head: its query, key, values and gates; then its betas and alphas
+    ("linear_attn.in_proj_qkvz.weight", "linear_attn.in_proj_ba.weight"),
+    "(t (a + a + r b + r b)) h, (t (r + r)) h -> (t a + t a + t r b + t r b + t r + t r) h",
+    IN_PROJ + ".weight",
+    "t",
+)
 
 
 def latent_attention(a: Architecture) -> list[Row]:
@@ -202,11 +240,18 @@ def experts(
     return table
 
 
-def decoder(a: Architecture, moe_rows: list[Row], prefix: str = "model.layers.{l}.") -> tuple[Rule, ...]:
-    """All layers: attention everywhere, dense MLPs and experts in their own layers."""
+def decoder(
+    a: Architecture, moe_rows: list[Row], prefix: str = "model.layers.{l}.", in_proj: Row = IN_PROJ_GROUPED
+) -> tuple[Rule, ...]:
+    """All layers: attention of either kind, dense MLPs and experts in their own layers."""
     dense = tuple(layer for layer in range(a.num_layers) if layer not in set(a.moe_layers))
     latent = a.mla is not None
-    found = layers(prefix, latent_attention(a) if latent else attention(a), latent=latent)
+    full = tuple(layer for layer in range(a.num_layers) if layer not in set(a.linear_layers))
+    found = layers(
+        prefix, latent_attention(a) if latent else attention(a), full if a.linear_layers else None, latent=latent
+    )
+    if a.linear_layers:
+        found += layers(prefix, linear_attention(in_proj), a.linear_layers)
     if dense:
         found += layers(prefix, mlp(a), dense if a.moe else None, latent=latent)
     if a.moe:
@@ -231,6 +276,14 @@ def multi_token_prediction(a: Architecture, moe_rows: list[Row], prefix: str = "
     found = layers(prefix, table, inner=outer)
     found += layers(prefix, latent_attention(a) if latent else attention(a), inner=inner, latent=latent)
     return found + layers(prefix, moe_rows if a.moe else mlp(a), inner=inner, latent=latent)
+
+
+def stored_centred(rules: Iterable[Rule], but: tuple[str, ...] = ()) -> tuple[Rule, ...]:
+    """Rules of a family that stores its norms as gamma - 1; `but` are the Megatron keys' endings of those that it does not."""
+    return tuple(
+        replace(item, codecs=(CENTRED,)) if item.gamma and not (but and item.megatron.endswith(but)) else item
+        for item in rules
+    )
 
 
 def standard(a: Architecture, moe_rows: list[Row] | None = None) -> tuple[Rule, ...]:
@@ -258,7 +311,7 @@ def standard(a: Architecture, moe_rows: list[Row] | None = None) -> tuple[Rule, 
         rules.append(rule("model.norm.bias", HIDDEN, FINAL_NORM + ".bias"))
     if a.rope is None:
         rules.append(rule("model.embed_positions.weight", "p h -> p h", POSITIONS))
-    return tuple(rules)
+    return tuple(replace(item, mtp_start=a.num_layers) for item in rules)  # MTP layers are numbered on
 
 
 def axis_sizes(a: Architecture) -> dict[str, int]:
@@ -287,5 +340,13 @@ def axis_sizes(a: Architecture) -> dict[str, int]:
             "y": a.mla.query_rank or 0,
             "z": a.mla.key_value_rank,
             "j": a.mla.key_value_rank + a.mla.rope_dim,
+        }
+    if a.linear:
+        sizes |= {
+            "t": a.linear.key_heads,
+            "r": a.linear.value_heads // a.linear.key_heads,
+            "a": a.linear.key_dim,
+            "b": a.linear.value_dim,
+            "c": a.linear.kernel,
         }
     return sizes

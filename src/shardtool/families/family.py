@@ -39,7 +39,8 @@ class Family:
     `fixed` are the switches of an Architecture that this family always has. `derived` computes the fields that
     depend on several keys; `extra` adds the keys that config.json needs besides the table. `refuse` returns the reason
     why a config cannot be converted, or None. `ignored` are patterns of buffers in old files that carry no weights.
-    `prefix` is the part of every tensor name that some files leave out. `caveats` says where Megatron cannot compute
+    `prefix` is the part of every tensor name that some files leave out; `mtp_prefix` what the names of multi-token-prediction
+    layers begin with (`{n}` stands for the number of layers). `caveats` says where Megatron cannot compute
     exactly the same.
     """
 
@@ -53,6 +54,7 @@ class Family:
     refuse: Callable[[Config], str | None]
     ignored: tuple[str, ...] = ()
     prefix: str = ""
+    mtp_prefix: str = "model.layers.{n}."
     caveats: Callable[[Architecture], tuple[str, ...]] = lambda _: ()
 
     def read_config(self, config: Config) -> Architecture:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shardtool.families.architecture import Architecture
-from shardtool.families.megatron_args import mla_args, whole
+from shardtool.families.megatron_args import linear_args, mla_args, whole
 from shardtool.layout.mesh import Mesh
 
 
@@ -53,6 +53,8 @@ def launch_flags(
         *(["--rotary-interleaved"] if a.rope and a.rope.interleaved else []),
         *_moe_flags(a),
         *_mla_flags(a),
+        *(["--attention-output-gate"] if a.output_gate else []),
+        *_linear_flags(a),
         *([f"--window-size {a.window - 1},0"] if a.window is not None else []),
         *(
             [f"--use-rope-scaling --rope-scaling-factor {scaling.factor}"]
@@ -97,6 +99,15 @@ def _mla_flags(a: Architecture) -> list[str]:
     values = mla_args(a)
     shown = [f"--{name.replace('_', '-')} {values[name]}" for name in names if values[name] is not None]
     return ["--multi-latent-attention", *shown]
+
+
+def _linear_flags(a: Architecture) -> list[str]:
+    values = {name: value for name, value in linear_args(a).items() if value is not None}
+    return [f"--{name.replace('_', '-')} {_value(value)}" for name, value in values.items()]
+
+
+def _value(value: object) -> str:
+    return f"'{value}'" if isinstance(value, list) else str(value)
 
 
 def _split_flags(mesh: Mesh) -> list[str]:

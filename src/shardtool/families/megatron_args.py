@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from shardtool.errors import CheckpointError
-from shardtool.families.architecture import Architecture, LatentAttention, MixtureOfExperts, Rope, RopeScaling
+from shardtool.families.architecture import (
+    Architecture,
+    LatentAttention,
+    LinearAttention,
+    MixtureOfExperts,
+    Rope,
+    RopeScaling,
+)  # fmt: skip
 from shardtool.layout.mesh import Mesh, virtual_stages
 
 Args = Mapping[str, Any]
@@ -21,8 +28,6 @@ FAMILY_NAME = "hf_model_type"  # our own entry in args: the Hugging Face family 
 NOT_CONVERTED = {
     "hybrid_override_pattern": "hybrid layers",
     "hybrid_layer_pattern": "hybrid layers",
-    "attention_output_gate": "an attention output gate",
-    "experimental_attention_variant": "an experimental attention",
     "linear_attention_type": "linear attention",
     "heterogeneous_layers_config_path": "heterogeneous layers",
     "heterogeneous_layers_config_encoded_json": "heterogeneous layers",
@@ -78,6 +83,8 @@ def to_args(
         "no_rope_freq": [int(layer in a.no_rope_layers) for layer in range(a.num_layers)] if a.no_rope_layers else None,
         **_moe_args(a),
         **mla_args(a),
+        "attention_output_gate": a.output_gate,
+        **linear_args(a),
         "mtp_num_layers": a.mtp_layers or None,
         "tensor_model_parallel_size": mesh.tp,
         "pipeline_model_parallel_size": mesh.pp,
@@ -151,6 +158,52 @@ def mla_args(a: Architecture) -> dict[str, Any]:
         "mscale": yarn.mscale if yarn else 1.0,
         "mscale_all_dim": yarn.mscale_all_dim if yarn else 0.0,
     }
+
+
+# what megatron-core calls a gated delta net: the first to 0.19, the second since
+GATED_DELTA_NET = ("gated_delta_net", "gdn")
+
+
+def linear_args(a: Architecture) -> dict[str, Any]:
+    """The args of linear attention."""
+    linear = a.linear
+    if linear is None:
+        return {"experimental_attention_variant": None}
+    return {
+        "experimental_attention_variant": GATED_DELTA_NET[0],
+        "linear_attention_freq": [int(layer in linear.layers) for layer in range(a.num_layers)],
+        "linear_conv_kernel_dim": linear.kernel,
+        "linear_key_head_dim": linear.key_dim,
+        "linear_value_head_dim": linear.value_dim,
+        "linear_num_key_heads": linear.key_heads,
+        "linear_num_value_heads": linear.value_heads,
+    }
+
+
+def _linear(args: Args) -> LinearAttention | None:
+    variant = args.get("experimental_attention_variant")
+    if variant is None:
+        return None
+    if variant not in GATED_DELTA_NET:
+        raise CheckpointError(
+            "this kind of attention is not converted",
+            where="args",
+            expected=" or ".join(GATED_DELTA_NET),
+            found=variant,
+        )
+    frequency, count = args.get("linear_attention_freq"), args["num_layers"]
+    if isinstance(frequency, str):
+        frequency = _frequency(frequency)
+    if isinstance(frequency, int):  # one full attention every so many layers
+        frequency = [int((layer + 1) % frequency != 0) for layer in range(count)]
+    return LinearAttention(
+        tuple(layer for layer, flag in enumerate((frequency or [])[:count]) if flag),
+        args.get("linear_num_key_heads") or 16,
+        args.get("linear_num_value_heads") or 32,
+        args.get("linear_key_head_dim") or 128,
+        args.get("linear_value_head_dim") or 128,
+        args.get("linear_conv_kernel_dim") or 4,
+    )
 
 
 def _moe(args: Args, num_layers: int, ffn_size: int) -> MixtureOfExperts | None:
@@ -279,6 +332,8 @@ def from_args(args: Args) -> Architecture:
         moe=_moe(args, args["num_layers"], ffn),
         mla=_mla(args),
         mtp_layers=args.get("mtp_num_layers") or 0,
+        output_gate=bool(args.get("attention_output_gate")),
+        linear=_linear(args),
         centred_norms=bool(args.get("apply_layernorm_1p")),
         attention_dropout=args.get("attention_dropout") or 0.0,
         hidden_dropout=args.get("hidden_dropout") or 0.0,

@@ -23,6 +23,7 @@ from shardtool.families import (
     qwen,
     qwen2,
     qwen3,
+    qwen3_next,
     qwen_moe,
     starcoder2,
 )
@@ -40,6 +41,9 @@ FAMILIES: dict[str, Family] = {
         mixtral.FAMILY,
         qwen_moe.QWEN2_MOE,
         qwen_moe.QWEN3_MOE,
+        qwen3_next.QWEN3_NEXT,
+        qwen3_next.QWEN3_5,
+        qwen3_next.QWEN3_5_MOE,
         deepseek_v3.DEEPSEEK_V3,
         deepseek_v3.GLM4_MOE,
         deepseek_v3.DOTS1,

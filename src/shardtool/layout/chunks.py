@@ -11,7 +11,7 @@ from itertools import product
 from shardtool.layout.equation import Tensor
 from shardtool.layout.layout import Layout, NameAxis, Piece
 from shardtool.layout.megatron import dist_name
-from shardtool.layout.rules import EXPERT, LAYER, MTP, Rule
+from shardtool.layout.rules import EXPERT, LAYER, MTP, Part, Rule
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
 Window = tuple[tuple[int, int], ...]
@@ -36,11 +36,13 @@ def chunked_layout(
     for number, rule in enumerate(rules):
         for instance in _instances(rule, stored, stacked):
             keys = [_name(key, instance, stacked) for key in (rule.megatron, *rule.dist_aliases)]
-            present = [name for name in keys if name in tensors] or keys[:1]
-            for name in present:
-                pieces += _tensor(number, rule, name, instance, tensors.get(name), stored, name != present[0])
+            for part in rule.parts:
+                names = [key + part.ending for key in keys]
+                present = [name for name in names if name in tensors] or names[:1]
+                for name in present:
+                    pieces += _tensor(number, rule, part, name, instance, tensors.get(name), stored, name != present[0])
             for name, codec in rule.derived:
-                made = _tensor(number, rule, name, instance, tensors.get(name), stored, True)
+                made = _tensor(number, rule, rule.parts[0], name, instance, tensors.get(name), stored, True)
                 pieces += [replace(piece, codec=codec) for piece in made]
     kind = "stacked layers" if stacked else "per-layer keys"
     return Layout(rules, 1, sizes, tuple(pieces), {"v": padded}, f"Megatron torch_dist, {kind}")
@@ -64,6 +66,7 @@ def _name(key: str, instance: tuple[NameAxis, ...], stacked: bool) -> str:
 def _tensor(
     number: int,
     rule: Rule,
+    part: Part,
     name: str,
     instance: tuple[NameAxis, ...],
     boxes: Iterable[Box] | None,
@@ -76,7 +79,7 @@ def _tensor(
     """
     leading: tuple[str, ...] = (LAYER,) if rule.per_layer and not instance else ()
     leading += (EXPERT,) if rule.per_expert else ()
-    shape = rule.target.shape(sizes)
+    shape = part.tensor.shape(sizes)
     if boxes is None:
         heads = product(*(rule.ids(sizes[LAYER]) if axis == LAYER else range(sizes[EXPERT]) for axis in leading))
         boxes = [((*head, *(0 for _ in shape)), (*(1 for _ in head), *shape)) for head in heads]
@@ -87,13 +90,15 @@ def _tensor(
         if all(size == 1 for size in extents[:count]):
             single[window[count:]].append(offsets[:count])
         else:
-            dims = Tensor((*((axis,) for axis in leading), *rule.target.dims))
-            yield Piece(number, 0, dims, name, "", instance, (), window, tuple(offsets), replica)
+            dims = Tensor((*((axis,) for axis in leading), *part.tensor.dims))
+            yield Piece(number, 0, dims, name, "", instance, (), window, tuple(offsets), replica, first=part.first)
     for window, found in single.items():
         for ids in _grids(found):
             axes = tuple(NameAxis(axis, values) for axis, values in zip(leading, ids, strict=True))
-            part: tuple[int | str, ...] = (*leading, *(low for low, _ in window))
-            yield Piece(number, 0, rule.target, name, "", (*instance, *axes), (), window, part, replica)
+            place: tuple[int | str, ...] = (*leading, *(low for low, _ in window))
+            yield Piece(
+                number, 0, part.tensor, name, "", (*instance, *axes), (), window, place, replica, first=part.first
+            )
 
 
 def _grids(heads: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], ...]]:

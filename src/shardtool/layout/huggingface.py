@@ -14,7 +14,7 @@ def huggingface_layout(
     """Where components live in a Hugging Face directory.
 
     With `present` (the names on disk) the optional copies and aliases are those that are there; without, as for
-    writing, all aliases and no copies. Multi-token-prediction layers are numbered on after the last layer.
+    writing, all aliases and no copies. Multi-token-prediction layers are numbered from the rule's `mtp_start` on.
     """
     pieces = []
     for number, rule in enumerate(rules):
@@ -36,6 +36,6 @@ def _names(rule: Rule, name: str, sizes: Mapping[str, int]) -> tuple[NameAxis, .
     axes = {
         LAYER: NameAxis(LAYER, rule.ids(sizes[LAYER])),
         EXPERT: NameAxis(EXPERT, tuple(range(sizes.get(EXPERT, 0)))),
-        MTP: NameAxis(MTP, tuple(range(sizes.get(MTP, 0))), -sizes[LAYER]),
+        MTP: NameAxis(MTP, tuple(range(sizes.get(MTP, 0))), -rule.mtp_start),
     }
     return tuple(axis for letter, axis in axes.items() if letter in named_axes(name))

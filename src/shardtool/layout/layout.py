@@ -37,7 +37,8 @@ class Piece:
 
     `part` entries are numbers, or the name of a name axis whose id stands there. `replica` pieces hold what another
     piece of the layout holds: written like it, compared with it on reading. `codec` says how the stored elements stand
-    for the components' values; None: they are the values.
+    for the components' values; None: they are the values. `first` is the number of its first component in the tensor of
+    the equation, where it holds only some.
     """
 
     rule: int
@@ -51,6 +52,7 @@ class Piece:
     part: tuple[int | str, ...] = ()
     replica: bool = False
     codec: Codec | None = None
+    first: int = 0
 
     @property
     def instances(self) -> int:

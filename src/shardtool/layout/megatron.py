@@ -29,6 +29,7 @@ LOCAL_NAMES = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
     "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
+    "self_attention.in_proj.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 
@@ -127,6 +128,7 @@ def tp_cuts(
         "x": "rows of each expert",
         "s": "rows of the shared expert",
         "n": "attention heads",
+        "t": "key heads of linear attention",
         "v": "rows of the padded vocabulary",
     }
     raise UsageError(
@@ -162,7 +164,8 @@ class _Legacy:
         placed: set[int] = set()
         for tp, ep in self.grid:
             (cut, dim) = cuts[tp]
-            window = None if dim is None else _equal_window(rule, self.sizes | self.allocated, dim, tp, self.mesh.tp)
+            sizes = self.sizes | self.allocated
+            window = None if dim is None else _equal_window(rule.target, sizes, dim, tp, self.mesh.tp)
             replica = tp in placed or (cut is None and dim is None and bool(placed))
             placed.add(tp)
             yield Piece(
@@ -232,8 +235,10 @@ def legacy_layout(
     return Layout(rules, 1, sizes, tuple(pieces), {"v": padded}, what)
 
 
-def _equal_window(rule: Rule, sizes: Mapping[str, int], dim: int, rank: int, count: int) -> tuple[tuple[int, int], ...]:
-    shape = rule.target.shape(sizes)
+def _equal_window(
+    tensor: Tensor, sizes: Mapping[str, int], dim: int, rank: int, count: int
+) -> tuple[tuple[int, int], ...]:
+    shape = tensor.shape(sizes)
     step = shape[dim] // count
     return tuple((rank * step, (rank + 1) * step) if at == dim else (0, size) for at, size in enumerate(shape))
 
@@ -287,7 +292,6 @@ def _dist_pieces(
     stacked: bool,
 ) -> Iterator[Piece]:
     """The chunks of one rule's tensors in one model chunk, under the first of the keys and again under the others."""
-    shape = rule.target.shape(stored)
     blocks = range(mesh.ep) if rule.per_expert else range(1)
     width = mesh.expert_tp if rule.per_expert else mesh.tp
     in_stack: tuple[str, ...] = (LAYER,) if rule.per_layer and stacked else ()
@@ -301,15 +305,17 @@ def _dist_pieces(
                 continue
             # any rank that holds it may write it: the first of the stage with these expert and tp ranks
             file = f"__{chunk.pp * mesh.tp * mesh.ep + ep * mesh.tp + rank % mesh.tp}_0.distcp"
-            if dim is not None:
-                windows = [_equal_window(rule, stored, dim, rank, width)]
-            else:
-                windows = _whole_windows(shape, _windows(rule.target, cut, stored) if cut else [])
-            for window in windows:
-                part: tuple[int | str, ...] = (*leading, *(low for low, _ in window))
-                for key in keys:
-                    name = dist_name(key, stacked=stacked)
-                    yield Piece(number, 0, rule.target, name, file, axes, (), window, part, key != keys[0])
+            for ending, first, tensor in rule.parts:
+                if dim is not None:
+                    windows = [_equal_window(tensor, stored, dim, rank, width)]
+                else:
+                    windows = _whole_windows(tensor.shape(stored), _windows(tensor, cut, stored) if cut else [])
+                for window in windows:
+                    part: tuple[int | str, ...] = (*leading, *(low for low, _ in window))
+                    for key in keys:
+                        name = dist_name(key, stacked=stacked) + ending
+                        replica = key != keys[0]
+                        yield Piece(number, 0, tensor, name, file, axes, (), window, part, replica, first=first)
 
 
 def dist_name(key: str, *, stacked: bool) -> str:

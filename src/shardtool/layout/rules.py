@@ -5,12 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from shardtool.layout.codecs import Codec
-from shardtool.layout.equation import Equation, Tensor, parse
+from shardtool.layout.equation import Equation, Sum, Tensor, parse
 
 LAYER, EXPERT, MTP = "l", "e", "m"  # the axes that stand in names: layers, experts, multi-token-prediction layers
+
+
+class Part(NamedTuple):
+    """A tensor of torch_dist: the ending of its key, the number of its first component, and its layout."""
+
+    ending: str
+    first: int
+    tensor: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +34,9 @@ class Rule:
     are names under which it always is. `dist_aliases` are other torch_dist keys of the same tensor, both written and read.
     `tied_copy` is the key of the copy that the last pipeline stage keeps in per-rank files (tied embeddings).
     `keep_dtype` exempts it from casts. `codecs` say how the Hugging Face tensors store their values, one each (empty:
-    as they are). `derived` are further Megatron tensors with the same components behind a codec, (key, codec): written
+    as they are). `dist_parts` are the keys' endings in torch_dist where megatron-core keeps each term of the first dim's
+    sum as a tensor of its own. `mtp_start` is the number of the first multi-token-prediction layer in the Hugging Face
+    names. `derived` are further Megatron tensors with the same components behind a codec, (key, codec): written
     like the first, compared with it on reading.
     """
 
@@ -42,6 +53,8 @@ class Rule:
     keep_dtype: bool = False
     codecs: tuple[Codec | None, ...] = ()
     derived: tuple[tuple[str, Codec | None], ...] = ()
+    dist_parts: tuple[str, ...] = ()
+    mtp_start: int = 0
 
     @property
     def gamma(self) -> bool:
@@ -72,6 +85,20 @@ class Rule:
         """The Megatron side's tensor, without the axes in its name."""
         return self.equation.right[0].without(frozenset(NAME_AXES & named_axes(self.megatron)))
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The tensors of torch_dist that make up the Megatron tensor: one, or one for each of `dist_parts`."""
+        if not self.dist_parts:
+            return (Part("", 0, self.target),)
+        (total,), *rest = self.target.dims
+        assert isinstance(total, Sum) and len(total.terms) == len(self.dist_parts)
+        tensors = [Tensor((term, *rest)) for term in total.terms]
+        starts = accumulate((tensor.components for tensor in tensors), initial=0)
+        return tuple(
+            Part("." + end, *pair)
+            for end, pair in zip(self.dist_parts, zip(starts, tensors, strict=False), strict=True)
+        )
+
     def ids(self, num_layers: int) -> tuple[int, ...]:
         """The layers that have it."""
         return tuple(range(num_layers)) if self.layers is None else self.layers
@@ -91,6 +118,7 @@ def rule(hf: str | Iterable[str], equation: str, megatron: str, tp: str | None =
     parsed = parse(equation)
     if len(parsed.left) != len(names) or len(parsed.right) != 1:
         raise ValueError(f"{len(names)} names for {equation!r}: {names}")
-    if any((named_axes(name) ^ named_axes(megatron)) - {EXPERT} for name in names):
+    # experts may be numbered on one side and stacked on the other; an only MTP layer may have no number
+    if any((named_axes(name) ^ named_axes(megatron)) - {EXPERT, MTP} for name in names):
         raise ValueError(f"a layer in the name on one side only: {names}, {megatron}")
     return Rule(names, parsed, megatron, tp, **options)

@@ -210,8 +210,8 @@ def _components(layout: Layout, piece: Piece) -> range:
     """The rule's component numbers that a piece holds."""
     equation = layout.rules[piece.rule].equation
     side = equation.right if layout.side else equation.left
-    start = sum(tensor.components for tensor in side[: piece.tensor])
-    return range(start, start + side[piece.tensor].components)
+    start = sum(tensor.components for tensor in side[: piece.tensor]) + piece.first
+    return range(start, start + piece.dims.components)
 
 
 def _geometry(layout: Layout, piece: Piece, component: int) -> Geometry:

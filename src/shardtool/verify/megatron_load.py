@@ -43,6 +43,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 TE_TO_LOCAL = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "self_attention.linear_qkv.layer_norm_bias": "input_layernorm.bias",
+    "self_attention.in_proj.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
     "mlp.linear_fc1.layer_norm_bias": "pre_mlp_layernorm.bias",
     "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
@@ -53,6 +54,7 @@ TE_TO_LOCAL = {
 DIST_NORMS = (
     (".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm."),
     (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
+    (".self_attention.linear_qkv.layer_norm_", ".self_attention.in_proj.layer_norm_"),
     (".self_attention.q_layernorm.", ".self_attention.linear_q_up_proj.layer_norm_"),
     (".self_attention.kv_layernorm.", ".self_attention.linear_kv_up_proj.layer_norm_"),
 )

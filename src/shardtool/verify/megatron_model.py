@@ -7,6 +7,7 @@ without any processes (megatron-core >= 0.16 asks the group), and by parallel_st
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from shardtool.errors import ShardtoolError, UsageError
@@ -81,8 +83,10 @@ def transformer_config(arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> Tr
         fp16=dtype == torch.float16,
         use_cpu_initialization=True,
         perform_initialization=False,  # every weight comes from the checkpoint, or the load fails
+        attention_output_gate=arch.output_gate,
         **_moe_arguments(arch),
         **_mla_arguments(arch),
+        **_linear_arguments(arch),
     )
 
 
@@ -160,6 +164,47 @@ def _mla_arguments(arch: Architecture) -> dict[str, Any]:
     }
 
 
+def _linear_arguments(arch: Architecture) -> dict[str, Any]:
+    """What TransformerConfig says of linear attention."""
+    linear = arch.linear
+    if linear is None:
+        return {}
+    return {
+        "experimental_attention_variant": "gated_delta_net",
+        "linear_attention_freq": [int(layer in linear.layers) for layer in range(arch.num_layers)],
+        "linear_conv_kernel_dim": linear.kernel,
+        "linear_key_head_dim": linear.key_dim,
+        "linear_value_head_dim": linear.value_dim,
+        "linear_num_key_heads": linear.key_heads,
+        "linear_num_value_heads": linear.value_heads,
+        "deterministic_mode": True,  # the delta rule in torch instead of a GPU kernel
+    }
+
+
+def _with_linear_attention(spec: Any, layers: tuple[int, ...], arch: Architecture) -> None:
+    """Put a gated delta net into the layers of a stage that have it.
+
+    megatron-core's own block spec for it (experimental_attention_variant_module_specs.py) is for Transformer Engine
+    alone; the module itself is the same there, but for the norm before it, which is fused into its projection.
+    """
+    from megatron.core.models.backends import LocalSpecProvider  # noqa: PLC0415 - with linear attention only
+    from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules  # noqa: PLC0415
+
+    local: Any = LocalSpecProvider()
+    attention = ModuleSpec(
+        module=GatedDeltaNet,
+        submodules=GatedDeltaNetSubmodules(
+            in_proj=local.column_parallel_linear(),
+            out_norm=local.layer_norm(rms_norm=arch.norm == "rms", for_qk=False),
+            out_proj=local.row_parallel_linear(),
+        ),
+    )
+    for at, layer in enumerate(layers):
+        if layer in arch.linear_layers:
+            spec.layer_specs[at] = copy.deepcopy(spec.layer_specs[at])
+            spec.layer_specs[at].submodules.self_attention = attention
+
+
 def _position_arguments(rope: Rope | None, *, latent: bool) -> dict[str, Any]:
     """The arguments of GPTModel that say how positions enter; latent attention takes its own from the config."""
     if latent:
@@ -223,6 +268,8 @@ def build_stage(arch: Architecture, mesh: Mesh, chunk: Chunk, dtype: torch.dtype
             vp_stage=vp_stage,
             pp_rank=chunk.pp,
         )
+        if arch.linear is not None:
+            _with_linear_attention(spec, chunk.layers, arch)
         model = GPTModel(
             config,
             spec,

@@ -28,6 +28,7 @@ def apply() -> None:
     _random_tracker()
     _router_gemm()
     _latent_attention()
+    _gated_delta_net()
     _lone_rank()
 
 
@@ -136,6 +137,20 @@ def _latent_attention() -> None:
 
     backends._shardtool_attention = plain  # type: ignore[attr-defined]
     _replace(backends, "DotProductAttention", LatentDotProductAttention)
+
+
+def _gated_delta_net() -> None:
+    # 0.16 to 0.19: the module refuses to be built without flash-linear-attention, of which its deterministic mode uses
+    # the L2 norm alone.
+    module = _module("ssm.gated_delta_net")
+    if module is not None and not getattr(module, "HAVE_FLA", True):
+        module.HAVE_FLA = True  # type: ignore[attr-defined]
+        module.l2norm = _l2norm  # type: ignore[attr-defined]
+
+
+def _l2norm(x: torch.Tensor, dim: int = -1, eps: float = 1e-6) -> torch.Tensor:
+    """x over its L2 norm, as flash-linear-attention 0.4 has it (fla/modules/l2norm.py): the eps is inside the root."""
+    return x * torch.rsqrt(x.float().square().sum(dim, keepdim=True) + eps).to(x.dtype)
 
 
 def _lone_rank() -> None:
