@@ -88,7 +88,8 @@ def agree(a: Architecture, config) -> None:
         assert (a.attention_dropout, a.hidden_dropout) == (config.attn_pdrop, config.resid_pdrop)
         assert {"gelu_tanh": "gelu_new", "gelu": "gelu"}[a.activation] == config.activation_function
         return
-    assert a.ffn_size == config.intermediate_size
+    if hasattr(config, "intermediate_size"):  # not where every layer has experts
+        assert a.ffn_size == config.intermediate_size
     names = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
     assert a.norm_eps == next(getattr(config, name) for name in names if hasattr(config, name))
     assert a.num_query_groups == config.num_key_value_heads
@@ -109,7 +110,7 @@ def agree(a: Architecture, config) -> None:
         names = ("n_routed_experts", "num_local_experts", "num_experts")
         assert a.moe.num_experts == next(getattr(config, name) for name in names if hasattr(config, name))
         assert a.moe.top_k == config.num_experts_per_tok
-        assert a.moe.ffn_size == getattr(config, "moe_intermediate_size", config.intermediate_size)
+        assert a.moe.ffn_size == getattr(config, "moe_intermediate_size", getattr(config, "intermediate_size", None))
     if a.mla:
         latent = (config.q_lora_rank, config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim)
         assert latent == (a.mla.query_rank, a.mla.key_value_rank, a.mla.nope_dim, a.mla.rope_dim)
@@ -323,3 +324,10 @@ def test_args_that_are_refused(changes, message):
     args = to_args(read(CONFIGS["llama"]), Mesh(), padded=128, divisible_by=1, dtype="float32", fmt="torch", spec="te")
     with pytest.raises(CheckpointError, match=message):
         from_args({**args, **changes})
+
+
+def test_an_interval_of_full_attention_says_the_same_as_the_list():
+    config = config_of("qwen3_next")
+    types = config.pop("layer_types")
+    assert read(config | {"full_attention_interval": 4}) == read(config | {"layer_types": types})
+    assert read(config | {"layer_types": types}).linear_layers == (0, 1, 2)
