@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from shardtool.errors import CheckpointError
+from shardtool.verify.dequantised import loadable
 from shardtool.verify.outputs import Outputs
 
 Attention = Literal["eager", "sdpa"]
@@ -51,9 +52,9 @@ def load(directory: Path, *, dtype: torch.dtype = torch.float32, attention: Atte
     """
     auto: Any = AutoModelForCausalLM  # parts of transformers have no types
     try:
-        with _quiet():
+        with _quiet(), loadable(directory) as place:
             model, info = auto.from_pretrained(
-                str(directory),
+                str(place),
                 dtype=dtype,
                 attn_implementation=attention,
                 local_files_only=True,
