@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from shardtool.checkpoint.megatron_target import dist_target, legacy_target, rank_files
@@ -75,16 +76,20 @@ def measure(config: dict[str, Any], mesh: Mesh, fmt: str) -> tuple[float, float,
     return planned, time.process_time() - started, len(tensors)
 
 
-def main() -> None:
-    """Print a table: the best of three."""
+def rows() -> Iterator[dict[str, Any]]:
+    """Each case in both formats: the best of three."""
     gc.set_threshold(100_000, 20, 20)  # as the command line does
     for name, config, mesh in CASES:
         for fmt in ("torch", "torch_dist"):
             planned, whole, count = min(measure(config, mesh, fmt) for _ in range(3))
-            sys.stdout.write(
-                f"| {name} | {fmt} | tp {mesh.tp} pp {mesh.pp} ep {mesh.ep} | {count:,} | {planned:.2f} | {whole:.2f} |\n"
-            )
+            yield {
+                "technique": name, "format": fmt, "layout": f"tp {mesh.tp} pp {mesh.pp} ep {mesh.ep}", "tensors": count,
+                "planned": planned, "whole": whole,
+            }  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    for row in rows():
+        sys.stdout.write(
+            " | ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()) + "\n"
+        )

@@ -6,8 +6,6 @@ before every check has passed.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,6 +28,8 @@ from shardtool.checkpoint.structure import structure
 from shardtool.checkpoint.target import Target, resolve_dtypes, target_tensors
 from shardtool.errors import CheckpointError, UsageError
 from shardtool.execute import engine
+from shardtool.execute.memory import Memory
+from shardtool.execute.ranks import Ranks, shares
 from shardtool.execute.staging import check_destination, staged, write_small
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import axis_sizes, standard
@@ -112,7 +112,8 @@ class Summary:
     ignored: int
     replicas_compared: int
     notes: tuple[str, ...]
-    peak_memory: int  # bytes
+    peak_memory: int  # bytes of anonymous memory, of all processes together
+    processes: int
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -341,8 +342,9 @@ def execute(
     jobs: int = 2,
     progress: Callable[[int, str], None] | None = None,
     durable: bool = True,
+    ranks: Ranks | None = None,
 ) -> Summary:
-    """Write a prepared conversion to DST: all of it, or nothing.
+    """Write a prepared conversion to DST: all of it, or nothing. With `ranks` this process writes its share.
 
     Replicas in the source are compared with each other first; CheckpointError where they differ. Without `durable`
     nothing waits for the device.
@@ -351,37 +353,69 @@ def execute(
     source = prepared.source
     check_destination(source.path, dst, overwrite=overwrite)
     digest = prepared.plan.digest()
-    notes = prepared.notes + cut_rows(prepared.plan, source)
-    with staged(dst) as stage:
-        result = _write(prepared, stage, jobs, progress, durable)
-        notes += _write_last(prepared, stage)
+    notes = prepared.notes
+    ranks = ranks or Ranks({})
+    if progress is not None:
+        ranks.on_progress = lambda count: progress(count, "other ranks")
+    if not ranks.first:
+        result = _write(prepared, Path(ranks.begin(digest)), ranks, jobs, progress, durable)
+        ranks.report(result)
+    else:
+        notes += cut_rows(prepared.plan, source)
+        with staged(dst) as stage:
+            ranks.begin(digest, str(stage))
+            result = ranks.gather(_write(prepared, stage, ranks, jobs, progress, durable))
+            notes += _write_last(prepared, stage)
+        ranks.end()
     return Summary(
         prepared.direction, str(source.path), str(dst), prepared.tensors, result["read"], result["written"],
         len(prepared.target.skeletons), time.monotonic() - started, digest, len(source.ignored), result["compared"],
-        notes, result["peak"],
+        notes, result["peak"], ranks.size,
     )  # fmt: skip
 
 
 def _write(
-    prepared: Prepared, stage: Path, jobs: int, progress: Callable[[int, str], None] | None, durable: bool
+    prepared: Prepared,
+    stage: Path,
+    ranks: Ranks,
+    jobs: int,
+    progress: Callable[[int, str], None] | None,
+    durable: bool,
 ) -> dict[str, int]:
-    """Write the tensors: bytes read and written, replica elements compared, peak memory."""
+    """Write this rank's share of the tensors: bytes read and written, replica elements compared, peak memory."""
     source, target = prepared.source, prepared.target
-    compared = _compare_replicas(source)
+    memory = Memory()
+    compared = _compare_replicas(source, ranks.rank, ranks.size)
     work = []
     for task in engine.tasks(prepared.plan, lambda key: target.payload(key)[1].dtype):
         work.append((task, *target.payload(task.key)))
     fills = padding_rows(prepared.plan, source, work)
-    files = engine.Files(stage / prepared.subdirectory, target.skeletons, durable=durable)
+    skeletons = target.skeletons
+    if ranks.size > 1:
+        # files that take from the same part of the source go to the same rank: it is read once
+        first = engine.first_places(work, source.locate, source.place)
+        order = sorted(skeletons, key=lambda name: first.get(name, ("", 0)))
+        of_rank = shares([(name, skeletons[name].size) for name in order], ranks.size)
+        work = [item for item in work if of_rank[item[1]] == ranks.rank]
+        skeletons = {name: skeleton for name, skeleton in skeletons.items() if of_rank[name] == ranks.rank}
+
+    def advance(count: int, file: str) -> None:
+        memory.look()
+        ranks.check()
+        ranks.written += count
+        if progress is not None:
+            progress(count, file)
+
+    files = engine.Files(stage / prepared.subdirectory, skeletons, durable=durable)
     try:
         traffic = engine.write(
-            work, files, source.locate, fills=fills, jobs=jobs, progress=progress, place=source.place
+            work, files, source.locate, fills=fills, jobs=jobs, progress=advance, place=source.place
         )  # fmt: skip
     except BaseException:
         files.close(sync=False)
         raise
     files.close(sync=True)
-    return {"read": traffic.read, "written": traffic.written, "compared": compared, "peak": peak_memory()}
+    return {"read": traffic.read, "written": traffic.written, "compared": compared, "peak": memory.look()}
 
 
 def _write_last(prepared: Prepared, stage: Path) -> tuple[str, ...]:
@@ -395,11 +429,6 @@ def _write_last(prepared: Prepared, stage: Path) -> tuple[str, ...]:
     for name, data in prepared.last.items():
         write_small(stage / name, data)
     return tuple(notes)
-
-
-def peak_memory() -> int:
-    """The most memory that this process has had, in bytes: its own pages and those of files that are mapped into it."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _compare_replicas(source: Opened, rank: int = 0, size: int = 1) -> int:

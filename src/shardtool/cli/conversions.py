@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,7 @@ from shardtool.execute.staging import check_destination
 
 if TYPE_CHECKING:
     from shardtool import convert
+    from shardtool.execute.ranks import Ranks
     from shardtool.layout.mesh import Mesh
 
 DIVISIBLE_BY = 128
@@ -84,7 +86,7 @@ def hf2megatron(
     source = checkpoint(src)
     check_destination(source, dst, overwrite=overwrite)
     options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
-    _execute(convert.prepare_hf2megatron(source, options), dst, overwrite, workers(jobs, memory_budget))
+    _execute(lambda: convert.prepare_hf2megatron(source, options), dst, overwrite, workers(jobs, memory_budget))
 
 
 def megatron2hf(
@@ -98,8 +100,12 @@ def megatron2hf(
     source = checkpoint(src)
     check_destination(source, dst, overwrite=overwrite)
     size = bytes_of(max_shard_size, "--max-shard-size")
-    prepared = convert.prepare_megatron2hf(source, hf, dtype=dtype.value, max_shard_size=size)
-    _execute(prepared, dst, overwrite, workers(jobs, memory_budget))
+    _execute(
+        lambda: convert.prepare_megatron2hf(source, hf, dtype=dtype.value, max_shard_size=size),
+        dst,
+        overwrite,
+        workers(jobs, memory_budget),
+    )
 
 
 def reshard(
@@ -122,7 +128,7 @@ def reshard(
     source = checkpoint(src)
     check_destination(source, dst, overwrite=overwrite)
     options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
-    _execute(convert.prepare_reshard(source, options), dst, overwrite, workers(jobs, memory_budget))
+    _execute(lambda: convert.prepare_reshard(source, options), dst, overwrite, workers(jobs, memory_budget))
 
 
 def plan_hf2megatron(
@@ -206,17 +212,28 @@ def _options(
     )
 
 
-def _execute(prepared: convert.Prepared, dst: Path, overwrite: bool, jobs: int) -> None:
+def _execute(prepare: Callable[[], convert.Prepared], dst: Path, overwrite: bool, jobs: int) -> None:
+    from shardtool.execute.ranks import Ranks  # noqa: PLC0415 - the engine is not needed for --help
+
+    with Ranks() as ranks:
+        _converted(prepare(), dst, overwrite, jobs, ranks)
+
+
+def _converted(prepared: convert.Prepared, dst: Path, overwrite: bool, jobs: int, ranks: Ranks) -> None:
     from shardtool import convert  # noqa: PLC0415 - the engine is not needed for --help
 
+    if not ranks.first:  # the first rank speaks for all
+        convert.execute(prepared, dst, overwrite=overwrite, jobs=jobs, ranks=ranks)
+        return
     total = sum(
         payload.nbytes for skeleton in prepared.target.skeletons.values() for payload in skeleton.payload.values()
     )
     console.say(
         f"{prepared.direction}: {prepared.source.path} -> {dst}, {prepared.tensors} tensors, {console.size(total)}"
+        + (f", {ranks.size} processes" if ranks.size > 1 else "")
     )
     with console.progress(total, prepared.direction) as advance:
-        summary = convert.execute(prepared, dst, overwrite=overwrite, jobs=jobs, progress=advance)
+        summary = convert.execute(prepared, dst, overwrite=overwrite, jobs=jobs, progress=advance, ranks=ranks)
     rate = summary.bytes_written / summary.seconds if summary.seconds else 0
     lines = [
         f"{summary.dst}: {summary.tensors} tensors in {summary.files} files, {console.size(summary.bytes_read)} read, "

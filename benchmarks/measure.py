@@ -1,0 +1,82 @@
+"""One command measured: wall and CPU seconds, and in runs of their own the peak of its anonymous memory.
+
+A virtual machine may give free memory back to its host, and the first touch of such a page is then ten times slower
+than the next. So `touch` goes through as much memory as a command will need, before each command; sources are read
+once, so that they are in the page cache; what an earlier command has written is on the device before the clock starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+PAGE = 4096
+SAMPLE = 0.002  # seconds between looks at a process's memory
+# the interpreter keeps its compiled modules, as it does for everybody who has run a program before
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
+def touch(size: int) -> None:
+    """Write to `size` bytes of memory, and give them back."""
+    with mmap.mmap(-1, size) as memory:
+        for at in range(0, size, PAGE):
+            memory[at] = 1
+
+
+def warm(folder: Path) -> None:
+    """Read a directory's files, so that they are in the page cache."""
+    buffer = bytearray(1 << 20)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+
+def timed(command: Sequence[str], out: Path, *, need: int) -> tuple[float, float]:
+    """(wall seconds, CPU seconds) of a command that writes `out`, which is removed before and after.
+
+    `need` is the memory, page cache included, that it will touch.
+    """
+    remove(out)
+    touch(need)
+    os.sync()
+    started, before = time.perf_counter(), os.times()
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    wall, after = time.perf_counter() - started, os.times()
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+    remove(out)
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return wall, cpu
+
+
+def anonymous_peak(command: Sequence[str], out: Path | None = None) -> int:
+    """The most anonymous memory (RssAnon: heap, buffers, stacks, no mapped files) that a process has, in bytes."""
+    if out is not None:
+        remove(out)
+    peak = 0
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as run:
+        while run.poll() is None:
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                status = Path(f"/proc/{run.pid}/status").read_text()
+                peak = max(peak, int(status.split("RssAnon:")[1].split()[0]) * 1024)
+            time.sleep(SAMPLE)
+        if run.returncode:
+            raise SystemExit(f"{' '.join(command)}: exit {run.returncode}\n{run.stderr.read() if run.stderr else ''}")
+    if out is not None:
+        remove(out)
+    return peak
+
+
+def remove(path: Path) -> None:
+    """Remove a directory that may not be there."""
+    shutil.rmtree(path, ignore_errors=True)
