@@ -93,7 +93,7 @@ def start_steps(size: int, command: list[object], timeout: str = "30") -> list[s
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-        )  # fmt: skip
+        )
         for rank in range(size)
     ]
 
