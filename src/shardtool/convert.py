@@ -20,6 +20,7 @@ from shardtool.checkpoint.huggingface import (
     open_huggingface,
     read_config,
 )  # fmt: skip
+from shardtool.checkpoint.limits import check_exportable, check_tied_mtp, version_notes
 from shardtool.checkpoint.megatron import Megatron, read_megatron
 from shardtool.checkpoint.megatron_target import dist_target, legacy_target, rank_files
 from shardtool.checkpoint.opened import Opened
@@ -177,7 +178,8 @@ def _to_megatron(
     # megatron-core has gamma - 1 with Transformer Engine's norms alone (transformer/torch_norm.py)
     a = replace(a, centred_norms=a.centred_norms and options.spec == "te")
     padded = padded_vocab(a.vocab_size, options.vocab_divisible_by, mesh.tp)
-    model_chunks = chunks(mesh, a.num_layers, a.mtp_layers)
+    model_chunks = chunks(mesh, a.num_layers, a.mtp_depth)
+    check_tied_mtp(options.format, options.mesh, a, model_chunks)
     sizes = source.layout.sizes
     target_layout: Layout
     if options.format == "torch":
@@ -210,7 +212,7 @@ def _to_megatron(
         target = dist_target(tensors, target_layout, args, a, number)
     return Prepared(
         direction, source, made, target, a, iteration_name(iteration), {TRACKER: tracker_bytes(iteration)},
-        notes=notes, dtypes=dtypes,
+        notes=notes + version_notes(a), dtypes=dtypes,
     )  # fmt: skip
 
 
@@ -274,6 +276,7 @@ def prepare_megatron2hf(
     if dtype not in ("keep", *DTYPES):
         raise UsageError(f"--dtype {dtype!r} is not known", expected="keep, bf16, fp16 or fp32", found=dtype)
     notes = _left_behind(source)
+    check_exportable(source)
     if differences := _differences(source):
         raise CheckpointError(
             "the checkpoint's args describe another model than its tensors are",

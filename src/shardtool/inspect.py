@@ -69,7 +69,8 @@ def _layout(megatron: Megatron) -> dict[str, Any]:
     save, mesh = megatron.save, megatron.mesh
     facts: dict[str, Any] = {
         "save": save.directory.name,
-        "layout": {"tp": mesh.tp, "pp": mesh.pp, "vpp": virtual_stages(mesh), "ep": mesh.ep},
+        "layout": {"tp": mesh.tp, "pp": mesh.pp, "vpp": virtual_stages(mesh), "ep": mesh.ep}
+        | ({"etp": mesh.expert_tp} if megatron.architecture.moe else {}),
         "spec": megatron.spec,
         "padded_vocab": megatron.padded_vocab,
     }

@@ -7,7 +7,7 @@ the equations, the views or the layouts; only names and keys are common ground.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import product
@@ -82,13 +82,15 @@ class Truth:
             n, z = a.num_heads, a.mla.key_value_rank
             keys = n * (a.mla.nope_dim + a.mla.rope_dim)
             shapes |= {
-                "kv_down": (z + a.mla.rope_dim, h), "kv_norm": (z,), "o": (h, n * a.mla.value_dim),
+                "kv_down": (z + a.mla.rope_dim, h), "o": (h, n * a.mla.value_dim),
                 "kv_up": (n * (a.mla.nope_dim + a.mla.value_dim), z),
             }  # fmt: skip
+            shapes |= {"kv_norm": (z,)} if a.qk_norm else {}
             if a.mla.query_rank is None:
-                return shapes | {"q_direct": (keys, h)}
+                return shapes | {"q_direct": (keys, h)} | ({"q_direct_norm": (h,)} if a.mla.query_norm else {})
             rank = a.mla.query_rank
-            return shapes | {"q_down": (rank, h), "q_down_norm": (rank,), "q_up": (keys, rank)}
+            shapes |= {"q_down": (rank, h), "q_up": (keys, rank)}
+            return shapes | ({"q_down_norm": (rank,)} if a.qk_norm else {})
         g, d, q = a.num_query_groups, a.head_dim, a.num_heads // a.num_query_groups
         shapes |= {"q": (g, q, d, h), "k": (g, d, h), "v": (g, d, h), "o": (h, g * q * d)}
         if a.qkv_bias or a.linear_bias:
@@ -198,12 +200,12 @@ class Truth:
             found["mlp.experts.linear_fc2.weight"] = w["e_down"]
         return found
 
-    def shard(self, name: str, array: Any, count: int, rank: int, spec: str = "te") -> Any:
+    def shard(self, name: str, array: Any, count: int, rank: int, *, cut_down: bool = False) -> Any:
         """What one tp rank holds of a whole tensor (megatron-core tensor_parallel/layers.py)."""
         if name.endswith(("linear_fc1.weight", "linear_fc1.bias")):
             halves = np.split(array, 2) if self.a.gated else [array]
             return np.concatenate([np.split(half, count)[rank] for half in halves])
-        if name.endswith(COLUMN_PARALLEL) or (spec == "local" and name.endswith(LOCAL_COLUMN_PARALLEL)):
+        if name.endswith(COLUMN_PARALLEL) or (cut_down and name.endswith(LOCAL_COLUMN_PARALLEL)):
             return np.split(array, count)[rank]
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             return np.split(array, count, axis=1)[rank]
@@ -211,17 +213,24 @@ class Truth:
 
     # --- Megatron: checkpoints
 
-    def legacy(self, mesh: Mesh, spelling: Spelling, padded: int, value: int | str) -> Arrays:
-        """The tensors of every rank's file, rank by rank."""
+    def legacy(
+        self, mesh: Mesh, spelling: Spelling, padded: int, value: int | str, files: Iterable[tuple[int, int, int]]
+    ) -> Arrays:
+        """The tensors of the files of these (tp, pp, ep), rank by rank."""
         found: Arrays = {}
         model_chunks = chunks(mesh, self.a.num_layers, self.a.mtp_layers)
         first, last = model_chunks[0], model_chunks[-1]
         mtp = [chunk for chunk in model_chunks if chunk.mtp]
-        for rank in range(int(np.lcm(mesh.tp, mesh.expert_tp * mesh.ep))):
-            tp, etp, ep = rank % mesh.tp, rank % mesh.expert_tp, rank // mesh.expert_tp % mesh.ep
+        world = int(np.lcm(mesh.tp, mesh.expert_tp * mesh.ep))
+        held = {(rank % mesh.tp, rank // mesh.expert_tp % mesh.ep): rank % mesh.expert_tp for rank in range(world)}
+        for tp, ep in sorted({(tp, ep) for tp, _, ep in files}):
+            etp = held.get((tp, ep), tp % mesh.expert_tp)
 
             def place(chunk: Chunk, name: str, array: Any, cut: str = "", tp: int = tp, ep: int = ep) -> None:
-                shard = self.shard(cut or name, array, mesh.tp, tp, spelling.spec)
+                cut_down = (
+                    spelling.spec == "local" if spelling.cut_down_projections is None else spelling.cut_down_projections
+                )
+                shard = self.shard(cut or name, array, mesh.tp, tp, cut_down=cut_down)
                 found[f"{tp}/{chunk.pp}/{ep}", spelled(name, spelling), (chunk.vpp,)] = shard
 
             def layer(chunk: Chunk, prefix: str, number: int, etp: int = etp, tp: int = tp, ep: int = ep) -> None:
@@ -326,6 +335,7 @@ LAYER_HF = {
     "gate_bias": "mlp.gate_proj.bias", "up_bias": "mlp.up_proj.bias", "down_bias": "mlp.down_proj.bias",
     "kv_down": "self_attn.kv_a_proj_with_mqa.weight", "kv_norm": "self_attn.kv_a_layernorm.weight",
     "kv_up": "self_attn.kv_b_proj.weight", "q_direct": "self_attn.q_proj.weight",
+    "q_direct_norm": "self_attn.q_proj.layer_norm.weight",
     "q_down": "self_attn.q_a_proj.weight", "q_down_norm": "self_attn.q_a_layernorm.weight",
     "q_up": "self_attn.q_b_proj.weight", "router": "mlp.gate.weight", "router_bias": "mlp.gate.e_score_correction_bias",
     "s_gate": "mlp.shared_experts.gate_proj.weight", "s_up": "mlp.shared_experts.up_proj.weight",
@@ -340,7 +350,8 @@ LAYER_MEGATRON = {
     "down": "mlp.linear_fc2.weight", "down_bias": "mlp.linear_fc2.bias",
     "kv_down": "self_attention.linear_kv_down_proj.weight", "kv_up": "self_attention.linear_kv_up_proj.weight",
     "kv_norm": "self_attention.linear_kv_up_proj.layer_norm_weight",
-    "q_direct": "self_attention.linear_q_proj.weight", "q_down": "self_attention.linear_q_down_proj.weight",
+    "q_direct": "self_attention.linear_q_proj.weight", "q_direct_norm": "self_attention.linear_q_proj.layer_norm_weight",
+    "q_down": "self_attention.linear_q_down_proj.weight",
     "q_down_norm": "self_attention.linear_q_up_proj.layer_norm_weight",
     "q_up": "self_attention.linear_q_up_proj.weight",
     "router": "mlp.router.weight", "router_bias": "mlp.router.expert_bias",
@@ -390,6 +401,24 @@ class Place:
     seed: int = 0
     copy_of_head: bool = False
     leave_out: str = ""  # "second" or "first": torch_dist keys of norms that have two
+    ranks: str = (
+        "all"  # per-rank files: those of all ranks, of "0.19" writers, or of "every" combination where etp divides tp
+    )
+
+    def files(self, truth: Truth) -> dict[tuple[int, int, int], str]:
+        """The file of each (tp, pp, ep) that exists.
+
+        0.19 writes the ranks whose dense or whose expert data parallel rank is 0: the first tp, the first etp x ep.
+        """
+        mesh = self.mesh
+        world = int(np.lcm(mesh.tp, mesh.expert_tp * mesh.ep)) if truth.a.moe else mesh.tp * mesh.ep
+        numbers = range(world)
+        if self.ranks == "0.19" and truth.a.moe:
+            numbers = range(max(mesh.tp, mesh.expert_tp * mesh.ep))
+        found = {(rank % mesh.tp, rank // (mesh.expert_tp if truth.a.moe else mesh.tp) % mesh.ep) for rank in numbers}
+        if self.ranks == "every" and mesh.tp % mesh.expert_tp == 0:
+            found = set(product(range(mesh.tp), range(mesh.ep)))
+        return {(tp, pp, ep): f"{tp}/{pp}/{ep}" for tp, ep in sorted(found) for pp in range(mesh.pp)}
 
     def layout(self, truth: Truth) -> Layout:
         """The layout under test."""
@@ -398,8 +427,7 @@ class Place:
             return huggingface_layout(truth.rules, sizes, {key[1] for key in self.arrays(truth)})
         model_chunks = chunks(self.mesh, a.num_layers, a.mtp_layers)
         if self.format == "legacy":
-            ranks = product(range(self.mesh.tp), range(self.mesh.pp), range(self.mesh.ep))
-            files = {(tp, pp, ep): f"{tp}/{pp}/{ep}" for tp, pp, ep in ranks}
+            files = self.files(truth)
             return legacy_layout(truth.rules, sizes, self.padded, model_chunks, self.mesh, self.spelling, files)
         if self.format == "dist":
             return dist_layout(truth.rules, sizes, self.padded, model_chunks, self.mesh, stacked=a.uniform)
@@ -430,7 +458,7 @@ class Place:
                 found["", "lm_head.weight", ()] = truth.weights[0]["embedding"]
             return found
         if self.format == "legacy":
-            return truth.legacy(self.mesh, self.spelling, self.padded, value)
+            return truth.legacy(self.mesh, self.spelling, self.padded, value, self.files(truth))
         whole = self.whole(truth, value)
         if self.format == "dist":
             # where ranks cut is the layout's own word; the test of the layout's keys says that it is right
@@ -649,7 +677,8 @@ def latents(draw: st.DrawFn, step: int) -> LatentAttention:
     """Latent attention whose ranks the local spec can cut as well."""
     rope = draw(st.integers(1, 2))
     rank = draw(st.sampled_from([None, step]))
-    return LatentAttention(rank, 3 * step - rope, draw(st.integers(1, 2)), rope, draw(st.integers(1, 2)))
+    query_norm = rank is None and draw(st.booleans())
+    return LatentAttention(rank, 3 * step - rope, draw(st.integers(1, 2)), rope, draw(st.integers(1, 2)), query_norm)
 
 
 TPS = (1, 2, 3, 4, 8)
@@ -671,6 +700,7 @@ def places(draw: st.DrawFn, truth: Truth, tp: int, ep: int, formats: tuple[str, 
         draw(st.sampled_from(["te", "local"])),
         draw(st.sampled_from(["grouped", "sequential", "single", "transposed"])),
         draw(st.sampled_from(["transformer_layer", "mtp_model_layer"])),
+        draw(st.sampled_from([None, True, False])),
     )
     return Place(
         draw(st.sampled_from(formats)),
@@ -680,6 +710,7 @@ def places(draw: st.DrawFn, truth: Truth, tp: int, ep: int, formats: tuple[str, 
         seed=draw(st.integers(0, 10**6)),
         copy_of_head=truth.a.tied and draw(st.booleans()),
         leave_out=draw(st.sampled_from(["", "first", "second"])),
+        ranks=draw(st.sampled_from(["all", "0.19", "every"])),
     )
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shardtool.checkpoint.expert_ranks import stored_expert_tp
 from shardtool.checkpoint.opened import Header, Opened, account, fold
+from shardtool.checkpoint.spellings import global_tensors, rank_tensors, spelling
 from shardtool.errors import CheckpointError
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import EMBEDDING, axis_sizes, standard
@@ -18,7 +20,7 @@ from shardtool.formats.stored import Stored
 from shardtool.formats.tracker import Iteration, find_iteration
 from shardtool.layout.chunks import chunked_layout, per_layer_keys
 from shardtool.layout.layout import Key, Layout, centred
-from shardtool.layout.megatron import MTP_INNER, STACKED_PREFIX, Spelling, dist_name, legacy_layout
+from shardtool.layout.megatron import STACKED_PREFIX, Spelling, dist_name, legacy_layout
 from shardtool.layout.mesh import Chunk, Mesh
 from shardtool.layout.rules import Rule
 
@@ -140,31 +142,31 @@ def read_megatron(path: Path) -> Megatron:
 
 def _read_legacy(path: Path, save: Iteration) -> Megatron:
     ranks = megatron_legacy.read_ranks(save.directory)
-    first = ranks[min(ranks)]
+    first, where = ranks[min(ranks)], str(save.directory)
     args = _args(first.args, first.path)
     _check_same_run(ranks, args)
     mesh = mesh_from_args(args)
     mesh = replace(mesh, **{axis: 1 + max(getattr(rank, axis) for rank in ranks) for axis in ("tp", "pp", "ep")})
+    experts = _num_experts(ranks, args)
     headers: dict[Key, Header] = {}
     stored: dict[Key, Stored] = {}
-    files = {}
+    files: dict[tuple[int, int, int], str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for rank, file in ranks.items():
-        name = str(Path(file.path).relative_to(save.directory))
-        files[rank.tp, rank.pp, rank.ep] = name
+        name = files[rank.tp, rank.pp, rank.ep] = str(Path(file.path).relative_to(save.directory))
         for number, chunk in enumerate(file.chunks):
-            for tensor, item in chunk.items():
-                shape = _experts_first(tensor, item.shape, args, mesh)
-                headers[name, tensor, (number,)] = Header(shape, item.dtype)
+            for tensor, item in rank_tensors(chunk, experts, mesh.tp, mesh.ep, file.path).items():
+                headers[name, tensor, (number,)] = Header(item.shape, item.dtype)
                 stored[name, tensor, (number,)] = item
+                shapes[tensor] = item.shape
     architecture = from_args(args)
-    chunks = _chunks(ranks, mesh, architecture.num_layers, str(save.directory))
+    chunks = _chunks(ranks, mesh, architecture.num_layers, where)
     mesh = replace(mesh, vpp=1 + max(chunk.vpp for chunk in chunks))
-    spelling = _spelling(key[1] for key in headers)
+    if experts:
+        mesh = replace(mesh, etp=stored_expert_tp(shapes, args, mesh, files, where))
     embedding = next((header for key, header in headers.items() if key[1] == EMBEDDING), None)
     if embedding is None or len(embedding.shape) != 2:
-        raise CheckpointError(
-            "the first pipeline stage has no input embedding", where=str(save.directory), expected=EMBEDDING
-        )
+        raise CheckpointError("the first pipeline stage has no input embedding", where=where, expected=EMBEDDING)
     padded = embedding.shape[0] * mesh.tp
     iteration = first.iteration if save.iteration is None else save.iteration
     save = replace(save, iteration=None if save.release else iteration)
@@ -174,41 +176,20 @@ def _read_legacy(path: Path, save: Iteration) -> Megatron:
         if key not in ("args", "checkpoint_version", "iteration", "num_floating_point_operations_so_far")
     )  # fmt: skip
     return Megatron(
-        path, save, "torch", args, _vocabulary(architecture, args, padded), mesh, chunks, spelling, padded, headers,
-        stored.__getitem__, files, {}, ignored, other,
+        path, save, "torch", args, _vocabulary(architecture, args, padded), mesh, chunks, spelling(shapes), padded,
+        headers, stored.__getitem__, files, {}, ignored, other,
     )  # fmt: skip
 
 
-def _spelling(names: Iterable[str]) -> Spelling:
-    """The spelling of per-rank files, from their tensors' names."""
-    held = set(names)
-
-    def some(part: str) -> bool:
-        return any(part in name for name in held)
-
-    spec = "te" if some(".linear_qkv.layer_norm_") or some("_up_proj.layer_norm_") else "local"
-    experts = "grouped"
-    if some(".local_experts."):
-        experts = "sequential"
-    elif some(".experts.weight1"):
-        experts = "transposed"
-    elif any(name.endswith(".experts.linear_fc1.weight") for name in held):
-        experts = "single"
-    return Spelling(spec, experts, "transformer_layer" if some(MTP_INNER) else "mtp_model_layer")
-
-
-def _experts_first(name: str, shape: tuple[int, ...], args: Mapping[str, Any], mesh: Mesh) -> tuple[int, ...]:
-    """The shape of a tensor as it lies in memory: legacy grouped experts are [experts, in, out] under a nominal 2-D shape.
-
-    megatron-core 0.14 transformer/moe/experts.py (GroupedMLP): weight1 [h, e * 2 x] is view(e, h, 2 x), weight2
-    [e * x, h] is view(e, x, h).
-    """
-    local = (args.get("num_experts") or 1) // mesh.ep
-    if name.endswith(".experts.weight1") and len(shape) == 2 and shape[1] % local == 0:
-        return (local, shape[0], shape[1] // local)
-    if name.endswith(".experts.weight2") and len(shape) == 2 and shape[0] % local == 0:
-        return (local, shape[0] // local, shape[1])
-    return shape
+def _num_experts(ranks: Mapping[megatron_legacy.Rank, megatron_legacy.RankFile], args: Mapping[str, Any]) -> int:
+    """The number of experts, 0 for a dense model: as a router has rows, else as the args say."""
+    for file in ranks.values():
+        for chunk in file.chunks:
+            for name, item in chunk.items():
+                if name.endswith(".mlp.router.weight"):
+                    return item.shape[0]
+    count = args.get("num_experts")
+    return count if isinstance(count, int) else 0
 
 
 def _args(args: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
@@ -292,21 +273,19 @@ def _read_dist(path: Path, save: Iteration) -> Megatron:
     args = _args(common.get("args"), str(save.directory))
     headers: dict[Key, Header] = {}
     refs: dict[Key, torch_dist.ChunkRef] = {}
-    shapes, other = {}, []
-    names = [name.removeprefix(metadata.prefix) for name in metadata.tensors]
-    by_layer = per_layer_keys(names)
-    for full, tensor in metadata.tensors.items():
-        name = full.removeprefix(metadata.prefix)
-        if NOT_MODEL.fullmatch(name):
-            other.append(name)
-            continue
-        shapes[name] = tensor.shape
+    names = {full: full.removeprefix(metadata.prefix) for full in metadata.tensors}
+    other = [name for name in names.values() if NOT_MODEL.fullmatch(name)]
+    model = {name: metadata.tensors[full] for full, name in names.items() if not NOT_MODEL.fullmatch(name)}
+    tensors = global_tensors(model)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    by_layer = per_layer_keys(tensors)
+    for name, tensor in tensors.items():
         leading = (name.startswith(STACKED_PREFIX) and not by_layer) + (".experts.experts." in name)
-        for chunk in tensor.chunks:
-            key: Key = ("", name, chunk.offsets)
-            single = all(size == 1 for size in chunk.sizes[:leading])
-            headers[key] = Header(chunk.sizes[leading:] if single else chunk.sizes, chunk.dtype)
-            refs[key] = chunk
+        for part in tensor.parts:
+            key: Key = ("", name, part.offsets)
+            single = all(size == 1 for size in part.sizes[:leading])
+            headers[key] = Header(part.sizes[leading:] if single else part.sizes, part.chunk.dtype)
+            refs[key] = part.chunk
     if EMBEDDING not in shapes:
         raise CheckpointError("the checkpoint has no input embedding", where=str(save.directory), expected=EMBEDDING)
     objects = [name for name in metadata.objects if "_extra_state" in name]

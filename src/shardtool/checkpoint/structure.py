@@ -62,22 +62,25 @@ def _layers(source: Megatron) -> list[Shapes]:
         for (file, name, (number,)), header in source.headers.items():
             pp = places[file][1]
             if (match := re.match(r"decoder\.layers\.(\d+)\.", name)) and places[file] == first[pp]:
-                layers[held[pp, number][int(match[1])]][_plain(name[match.end() :])] = header.shape
+                key, shape = _plain(name[match.end() :], header.shape)
+                layers[held[pp, number][int(match[1])]][key] = shape
         return list(layers)
     stacked = not per_layer_keys(source.global_shapes)
     for name, shape in source.global_shapes.items():
         if match := re.match(r"decoder\.layers\.(?:(\d+)\.)?", name):
-            key = _plain(name[match.end() :])
+            key, one = _plain(name[match.end() :], shape[1:] if stacked else shape)
             for layer in range(len(layers)) if stacked else [int(match[1] or 0)]:
                 if layer < len(layers):
-                    layers[layer][key] = shape[1:] if stacked else shape
+                    layers[layer][key] = one
     return list(layers)
 
 
-def _plain(name: str) -> str:
-    """A name without what tells experts apart."""
+def _plain(name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """A name without what tells experts apart, and the shape as the linears of experts have it, rows before columns."""
+    if match := re.fullmatch(r"mlp\.experts\.weight([12])", name):
+        return f"mlp.experts.linear_fc{match[1]}.weight", (*shape[:-2], *reversed(shape[-2:]))
     name = re.sub(r"^mlp\.experts\.(local_experts\.\d+\.|experts\.)", "mlp.experts.", name)
-    return re.sub(r"^(mlp\.experts\.linear_fc[12]\.(weight|bias))\d+$", r"\1", name)
+    return re.sub(r"^(mlp\.experts\.linear_fc[12]\.(weight|bias))\d+$", r"\1", name), shape
 
 
 def _attention(a: Architecture, layer: Shapes, tp: int) -> Architecture:
@@ -103,7 +106,9 @@ def _latent(a: Architecture, layer: Shapes, tp: int) -> LatentAttention | None:
     if query is None:
         return None
     rank, rows = layer[KV_UP][1], layer[KV_DOWN][0]
-    rows = rows if rows > rank else rows * tp  # the local spec splits the down projection, Transformer Engine does not
+    rows = (
+        rows if rows > rank else rows * tp
+    )  # a part of them, as the local spec has it and Transformer Engine's to 0.13
     rope = rows - rank
     query_dim, query_rest = divmod(query[0] * tp, a.num_heads)
     both, both_rest = divmod(layer[KV_UP][0] * tp, a.num_heads)
@@ -111,7 +116,8 @@ def _latent(a: Architecture, layer: Shapes, tp: int) -> LatentAttention | None:
     nope = query_dim - rope
     if query_rest or both_rest or value_rest or min(rope, nope, value) < 1 or nope + value != both:
         return None
-    return LatentAttention(query[1] if Q_UP in layer else None, rank, nope, rope, value)
+    query_norm = ATTENTION + "linear_q_proj.layer_norm_weight" in layer
+    return LatentAttention(query[1] if Q_UP in layer else None, rank, nope, rope, value, query_norm)
 
 
 def _moe(a: Architecture, layers: list[Shapes], tp: int, expert_tp: int) -> MixtureOfExperts | None:

@@ -59,13 +59,18 @@ class MixtureOfExperts:
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention:
-    """Multi-latent attention. `query_rank` None means that queries are projected directly."""
+    """Multi-latent attention. `query_rank` None means that queries are projected directly.
+
+    `query_norm`: then there is one more norm of the hidden state before that projection, which megatron-core 0.19 and
+    newer has with qk_layernorm (mla_qk_norm_config.py) and no Hugging Face model has.
+    """
 
     query_rank: int | None
     key_value_rank: int
     nope_dim: int
     rope_dim: int
     value_dim: int
+    query_norm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,7 @@ class Architecture:
     mla: LatentAttention | None = None
     no_rope_layers: tuple[int, ...] = ()  # layers whose attention has no position embedding
     mtp_layers: int = 0  # multi-token-prediction layers after the last layer
+    mtp_repeats: int = 1  # how often the one such layer is applied (megatron-core 0.17, mtp_use_repeated_layer)
     output_gate: bool = False  # attention's output is multiplied by the sigmoid of a further projection
     linear: LinearAttention | None = None
     centred_norms: bool = False  # Megatron stores norms as gamma - 1 (Transformer Engine's alone): no other function
@@ -126,6 +132,11 @@ class Architecture:
     def linear_layers(self) -> tuple[int, ...]:
         """The layers with linear attention."""
         return self.linear.layers if self.linear else ()
+
+    @property
+    def mtp_depth(self) -> int:
+        """The number of tokens predicted ahead: Megatron's mtp_num_layers."""
+        return self.mtp_layers * self.mtp_repeats
 
     @property
     def uniform(self) -> bool:

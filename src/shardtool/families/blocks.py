@@ -176,7 +176,6 @@ def latent_attention(a: Architecture) -> list[Row]:
     table: list[Row] = [
         ("input_layernorm.weight",                  HIDDEN,             "input_layernorm.weight",                     None),
         ("self_attn.kv_a_proj_with_mqa.weight",     "j h -> j h",       at + "linear_kv_down_proj.weight",            None),
-        ("self_attn.kv_a_layernorm.weight",         "z -> z",           at + "linear_kv_up_proj.layer_norm_weight",   None),
         ("self_attn.kv_b_proj.weight",              "(n u) z -> (n u) z", at + "linear_kv_up_proj.weight",            "n"),
         ("self_attn.o_proj.weight",                 "h (n w) -> h (n w)", at + "linear_proj.weight",                  "n"),
     ]
@@ -184,8 +183,13 @@ def latent_attention(a: Architecture) -> list[Row]:
         table += [("self_attn.q_proj.weight",       "(n k) h -> (n k) h", at + "linear_q_proj.weight",                "n")]
     else:
         table += [("self_attn.q_a_proj.weight",     "y h -> y h",       at + "linear_q_down_proj.weight",             None),
-                  ("self_attn.q_a_layernorm.weight", "y -> y",          at + "linear_q_up_proj.layer_norm_weight",    None),
                   ("self_attn.q_b_proj.weight",     "(n k) y -> (n k) y", at + "linear_q_up_proj.weight",             "n")]
+    if a.qk_norm:
+        table += [("self_attn.kv_a_layernorm.weight", "z -> z",         at + "linear_kv_up_proj.layer_norm_weight",   None)]
+        if a.mla.query_rank is not None:
+            table += [("self_attn.q_a_layernorm.weight", "y -> y",      at + "linear_q_up_proj.layer_norm_weight",    None)]
+    if a.mla.query_norm:  # no Hugging Face model has it: the name on the left is never written
+        table += [("self_attn.q_proj.layer_norm.weight", HIDDEN,        at + "linear_q_proj.layer_norm_weight",       None)]
     # fmt: on
     return table
 

@@ -52,6 +52,8 @@ def launch_flags(
         ),
         *(["--rotary-interleaved"] if a.rope and a.rope.interleaved else []),
         *_moe_flags(a),
+        *([f"--mtp-num-layers {a.mtp_depth}"] if a.mtp_layers else []),
+        *(["--mtp-use-repeated-layer"] if a.mtp_repeats > 1 else []),
         *_mla_flags(a),
         *(["--attention-output-gate"] if a.output_gate else []),
         *_linear_flags(a),
@@ -84,8 +86,6 @@ def _moe_flags(a: Architecture) -> list[str]:
         flags.append(f"--moe-router-num-groups {moe.groups} --moe-router-group-topk {moe.group_top_k}")
     if moe.shared_gate:
         flags.append("--moe-shared-expert-gate")
-    if a.mtp_layers:
-        flags.append(f"--mtp-num-layers {a.mtp_layers}")
     return flags
 
 

@@ -33,6 +33,7 @@ NOT_CONVERTED = {
     "heterogeneous_layers_config_encoded_json": "heterogeneous layers",
     "squared_relu": "squared ReLU",
     "window_attn_skip_freq": "a window on some layers only",
+    "moe_mlp_glu_interleave_size": "experts with gate and up rows in alternating blocks",
 }
 
 
@@ -85,7 +86,8 @@ def to_args(
         **mla_args(a),
         "attention_output_gate": a.output_gate,
         **linear_args(a),
-        "mtp_num_layers": a.mtp_layers or None,
+        "mtp_num_layers": a.mtp_depth or None,
+        "mtp_use_repeated_layer": a.mtp_repeats > 1,
         "tensor_model_parallel_size": mesh.tp,
         "pipeline_model_parallel_size": mesh.pp,
         "virtual_pipeline_model_parallel_size": chunks_per_stage if chunks_per_stage > 1 else None,
@@ -215,6 +217,11 @@ def _moe(args: Args, num_layers: int, ffn_size: int) -> MixtureOfExperts | None:
     if isinstance(frequency, int):
         # layer i has experts where i is a multiple (gpt_layer_specs.py get_gpt_decoder_block_spec)
         frequency = [int(layer % frequency == 0) for layer in range(num_layers)]
+    if len(frequency) != num_layers:
+        raise CheckpointError(
+            "moe_layer_freq does not fit the layers", where="args", expected=f"{num_layers} entries",
+            found=str(len(frequency)),
+        )  # fmt: skip
     score: Literal["softmax", "sigmoid"] = (
         "sigmoid" if args.get("moe_router_score_function") == "sigmoid" else "softmax"
     )
@@ -222,7 +229,7 @@ def _moe(args: Args, num_layers: int, ffn_size: int) -> MixtureOfExperts | None:
         args["num_experts"],
         args.get("moe_router_topk") or 2,
         args.get("moe_ffn_hidden_size") or ffn_size,
-        tuple(layer for layer, flag in enumerate(frequency[:num_layers]) if flag),
+        tuple(layer for layer, flag in enumerate(frequency) if flag),
         score,
         bool(args.get("moe_router_pre_softmax")),
         args.get("moe_router_topk_scaling_factor"),
@@ -305,6 +312,7 @@ def from_args(args: Args) -> Architecture:
         raise CheckpointError(
             "the attention window is not causal", where="args", expected="window_size (W, 0)", found=repr(window)
         )
+    depth, repeated = args.get("mtp_num_layers") or 0, args.get("mtp_use_repeated_layer")
     # megatron-core's F.gelu is the tanh form under bias_gelu_fusion (fusions/fused_bias_gelu.py), erf without it
     fused = args.get("bias_gelu_fusion", True) and args.get("add_bias_linear", True)
     gelu = "gelu_tanh" if args.get("openai_gelu") or fused else "gelu"
@@ -331,7 +339,8 @@ def from_args(args: Args) -> Architecture:
         no_rope_layers=_no_rope(args),
         moe=_moe(args, args["num_layers"], ffn),
         mla=_mla(args),
-        mtp_layers=args.get("mtp_num_layers") or 0,
+        mtp_layers=min(depth, 1) if repeated else depth,
+        mtp_repeats=max(depth, 1) if repeated else 1,
         output_gate=bool(args.get("attention_output_gate")),
         linear=_linear(args),
         centred_norms=bool(args.get("apply_layernorm_1p")),

@@ -41,11 +41,19 @@ class Spelling:
     `spec` is `te` or `local`; `experts` is `grouped` (`linear_fc1.weight3`), `sequential` (`local_experts.3.`), or, in
     files that are only read, `single` (one tensor of all local experts, 0.19) and `transposed` (`weight1`, `weight2`, to
     0.16); `mtp` is the name of the layer inside an MTP layer (`transformer_layer` to 0.16, `mtp_model_layer` from 0.17).
+    `cut_down_projections`: whether tp cuts latent attention's down projections, which the local spec does and
+    Transformer Engine's has done to 0.13 (None: as the spec does now).
     """
 
     spec: str = "te"
     experts: str = "grouped"
     mtp: str = "mtp_model_layer"
+    cut_down_projections: bool | None = None
+
+    @property
+    def local_cuts(self) -> bool:
+        """Whether tp shards the axes that rules name for the local spec."""
+        return self.spec == "local" if self.cut_down_projections is None else self.cut_down_projections
 
     def key(self, key: str) -> str:
         """A rule's Megatron key in per-rank files."""
@@ -89,6 +97,26 @@ def rank_grid(mesh: Mesh) -> dict[tuple[int, int], int]:
     return grid
 
 
+def held_ranks(mesh: Mesh, places: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
+    """The expert tensor parallel rank of each (tp, ep) rank of `places`, which may be fewer or more than `rank_grid`'s.
+
+    Writers leave ranks out: to 0.18 all but the first expert data parallel group's, from 0.19 all but those of the first
+    dense or expert data parallel group (training/checkpointing.py save_checkpoint); others write every combination.
+    Where etp divides tp a rank's number decides. Raises UsageError for a rank that no such run has.
+    """
+    divides = mesh.tp % mesh.expert_tp == 0
+    grid = {} if divides else rank_grid(mesh)
+    found = {}
+    for tp, ep in places:
+        if not divides and (tp, ep) not in grid:
+            raise UsageError(
+                f"no rank is tp {tp} and ep {ep}",
+                expected=f"ranks of tp {mesh.tp}, ep {mesh.ep}, etp {mesh.expert_tp}",
+            )
+        found[tp, ep] = tp % mesh.expert_tp if divides else grid[tp, ep]
+    return found
+
+
 def expert_block(sizes: Mapping[str, int], mesh: Mesh, ep: int) -> tuple[int, ...]:
     """The global ids of an expert parallel rank's experts: contiguous blocks; UsageError where they do not divide."""
     count = sizes[EXPERT]
@@ -99,14 +127,15 @@ def expert_block(sizes: Mapping[str, int], mesh: Mesh, ep: int) -> tuple[int, ..
 
 
 def tp_cuts(
-    rule: Rule, tp: int, sizes: Mapping[str, int], spec: str = "te"
+    rule: Rule, tp: int, sizes: Mapping[str, int], *, local: bool = False
 ) -> list[tuple[tuple[str, int, int] | None, int | None]]:
     """What each tp rank holds: (range of the sharded axis, None), or (None, the dim that is cut into equal windows).
 
-    Raises UsageError when neither is possible. More tp ranks than query groups means plain contiguous rows
-    (megatron-core 0.16 and newer; transformer_config.py: the one must divide the other).
+    `local`: shard the axes that rules name for the local spec. Raises UsageError when neither is possible. More tp
+    ranks than query groups means plain contiguous rows (megatron-core 0.16 and newer; transformer_config.py: the one
+    must divide the other).
     """
-    axis = (rule.tp_local or rule.tp) if spec == "local" else rule.tp
+    axis = (rule.tp_local or rule.tp) if local else rule.tp
     if axis is None or tp == 1:
         return [(None, None)] * tp
     size = sizes[axis]
@@ -130,6 +159,9 @@ def tp_cuts(
         "n": "attention heads",
         "t": "key heads of linear attention",
         "v": "rows of the padded vocabulary",
+        "y": "rows of the query down projection",
+        "j": "rows of the key-value down projection",
+        "o": "rows of the MTP projection",
     }
     raise UsageError(
         f"tp {tp} does not divide {size} {names.get(axis, 'of axis ' + axis)}",
@@ -158,26 +190,32 @@ class _Legacy:
     files: Mapping[tuple[int, int, int], str]
     grid: Mapping[tuple[int, int], int]
 
+    def ranks(self, chunk: Chunk) -> Iterator[tuple[tuple[int, int], int, str]]:
+        """The (tp, ep) ranks of a chunk's stage that have a file: ((tp, ep), etp, file)."""
+        for (tp, ep), etp in self.grid.items():
+            if file := self.files.get((tp, chunk.pp, ep)):
+                yield (tp, ep), etp, file
+
     def dense(self, number: int, rule: Rule, chunk: Chunk, name: str, names: tuple[NameAxis, ...]) -> Iterator[Piece]:
         """The pieces of a tensor that every expert parallel rank has, tp ranks of it or replicas."""
-        cuts = tp_cuts(rule, self.mesh.tp, self.sizes | self.allocated, self.spelling.spec)
+        cuts = tp_cuts(rule, self.mesh.tp, self.sizes | self.allocated, local=self.spelling.local_cuts)
         placed: set[int] = set()
-        for tp, ep in self.grid:
+        for (tp, _), _, file in self.ranks(chunk):
             (cut, dim) = cuts[tp]
             sizes = self.sizes | self.allocated
             window = None if dim is None else _equal_window(rule.target, sizes, dim, tp, self.mesh.tp)
             replica = tp in placed or (cut is None and dim is None and bool(placed))
             placed.add(tp)
             yield Piece(
-                number, 0, rule.target, name, self.files[tp, chunk.pp, ep], names,
+                number, 0, rule.target, name, file, names,
                 (cut,) if cut else (), window, (chunk.vpp,), replica,
             )  # fmt: skip
 
     def experts(self, number: int, rule: Rule, chunk: Chunk, name: str, names: tuple[NameAxis, ...]) -> Iterator[Piece]:
         """The pieces of an expert's tensor: expert blocks over ep, shards over etp."""
-        cuts = tp_cuts(rule, self.mesh.expert_tp, self.sizes | self.allocated, self.spelling.spec)
+        cuts = tp_cuts(rule, self.mesh.expert_tp, self.sizes | self.allocated)
         placed: set[tuple[int, int]] = set()
-        for (tp, ep), etp in self.grid.items():
+        for (_, ep), etp, file in self.ranks(chunk):
             ids = expert_block(self.sizes, self.mesh, ep)
             cut, replica = cuts[etp][0], (ep, etp) in placed
             placed.add((ep, etp))
@@ -189,7 +227,7 @@ class _Legacy:
                 inner = reversed(rule.target.dims) if self.spelling.experts == "transposed" else rule.target.dims
                 dims = Tensor(((EXPERT,), *inner))
                 ranges = ((EXPERT, ids[0], ids[-1] + 1), *ranges)
-            yield Piece(number, 0, dims, name, self.files[tp, chunk.pp, ep], axes, ranges, None, (chunk.vpp,), replica)
+            yield Piece(number, 0, dims, name, file, axes, ranges, None, (chunk.vpp,), replica)
 
 
 def legacy_layout(
@@ -201,12 +239,13 @@ def legacy_layout(
     spelling: Spelling,
     files: Mapping[tuple[int, int, int], str],
 ) -> Layout:
-    """Where components live in per-rank files; `files` gives the file of each (tp rank, pipeline stage, ep rank).
+    """Where components live in per-rank files; `files` gives the file of each (tp rank, pipeline stage, ep rank) there is.
 
     A key's part is the model chunk (virtual stage) inside the file. Raises UsageError where a size does not divide.
     """
     experts = any(rule.per_expert for rule in rules)
-    grid = rank_grid(mesh) if experts else {(tp, ep): tp for ep in range(mesh.ep) for tp in range(mesh.tp)}
+    places = sorted({(tp, ep) for tp, _, ep in files}, key=lambda place: (place[1], place[0]))
+    grid = held_ranks(mesh, places) if experts else {(tp, ep): tp for tp, ep in places}
     placing = _Legacy(dict(sizes), {"v": padded}, mesh, spelling, files, grid)
     first, last = model_chunks[0], model_chunks[-1]
     mtp = next((chunk for chunk in model_chunks if chunk.mtp), last)

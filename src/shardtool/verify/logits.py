@@ -75,7 +75,7 @@ def compare_logits(
     for side in (a, b):
         if isinstance(side, MegatronSide):
             # refuses an impossible layout before anything runs
-            chunks(side.mesh, side.architecture.num_layers, side.architecture.mtp_layers)
+            chunks(side.mesh, side.architecture.num_layers, side.architecture.mtp_depth)
             workers.get_pool(side.mesh.tp)  # starts while transformers runs
     runs = _Runs(prompts, timeout)
     report = LogitsReport(

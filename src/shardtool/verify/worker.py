@@ -133,7 +133,7 @@ def run(job: Job) -> None:
     _together(measure)
     traces = _Traces(job)
     streams: list[torch.Tensor] = []
-    for chunk in chunks(mesh, job.architecture.num_layers, job.architecture.mtp_layers):
+    for chunk in chunks(mesh, job.architecture.num_layers, job.architecture.mtp_depth):
         model = build_stage(job.architecture, mesh, chunk, dtype, vocab)
         _together(lambda model=model, chunk=chunk: load_stage(model, job.directory, mesh, chunk))  # type: ignore[misc]
         if job.architecture.centred_norms:
