@@ -27,7 +27,8 @@ ITERATION = 100
 class Task:
     """Save a random model (`save`), or load a checkpoint (`load`), in a layout; then its logits of `ids` to `logits`.
 
-    Save: the model goes to PATH/torch and PATH/torch_dist. Load: PATH is a checkpoint's save directory.
+    Save: the model goes to PATH/torch and PATH/torch_dist, and if that is there to PATH/singleton: torch_dist with
+    singleton_local_shards. Load: PATH is a checkpoint's save directory.
     """
 
     kind: str  # "save", "load_torch_dist" or "load_torch"
@@ -85,7 +86,11 @@ def launch_args(a: Architecture, mesh: Mesh, form: str) -> Namespace:
         pipeline_model_parallel_size=mesh.pp,
         virtual_pipeline_model_parallel_size=None,
         expert_model_parallel_size=1,
-        num_experts=None,
+        num_experts=a.moe.num_experts if a.moe else None,
+        moe_router_topk=a.moe.top_k if a.moe else 2,
+        moe_ffn_hidden_size=a.moe.ffn_size if a.moe else None,
+        moe_router_pre_softmax=False,
+        moe_router_score_function="softmax",
         params_dtype=torch.float32,
         bf16=False,
         fp16=False,
@@ -189,7 +194,7 @@ def main(rank: int, world: int, store: str, tasks: list[Task]) -> None:
         a, mesh = task.architecture, task.mesh
         common = {"checkpoint_version": 3.0, "iteration": ITERATION}
         name = f"iter_{ITERATION:07d}"
-        legacy, modern = task.path / "torch", task.path / "torch_dist"
+        legacy, modern, singleton = (task.path / name for name in ("torch", "torch_dist", "singleton"))
         place = rank_directory(
             legacy / name, mesh, parallel_state.get_tensor_model_parallel_rank(),
             parallel_state.get_pipeline_model_parallel_rank(),
@@ -198,15 +203,16 @@ def main(rank: int, world: int, store: str, tasks: list[Task]) -> None:
         state = {"args": launch_args(a, mesh, "torch"), **common, "model": model.state_dict_for_save_checkpoint()}
         torch.save(state, place / "model_optim_rng.pt")
         if rank == 0:
-            (modern / name).mkdir(parents=True)
-            for root in (legacy, modern):
+            for root in (legacy, modern, *([singleton] if singleton.is_dir() else [])):
+                (root / name).mkdir(parents=True, exist_ok=True)
                 (root / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
         dist.barrier()
-        metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-        sharded = {
-            "args": launch_args(a, mesh, "torch_dist"), **common, **model.sharded_state_dict(metadata=metadata)
-        }  # fmt: skip
-        dist_checkpointing.save(sharded, str(modern / name), content_metadata=metadata)
+        for root in (modern, *([singleton] if singleton.is_dir() else [])):
+            metadata = {"singleton_local_shards": root == singleton, "chained_optim_avoid_prefix": True}
+            sharded = {
+                "args": launch_args(a, mesh, "torch_dist"), **common, **model.sharded_state_dict(metadata=metadata)
+            }  # fmt: skip
+            dist_checkpointing.save(sharded, str(root / name), content_metadata=metadata)
 
     def load(task: Task, model: GPTModel) -> None:
         if task.kind == "load_torch":

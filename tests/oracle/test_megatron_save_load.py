@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from commands import convert, done
 from ranks import Task
 from shardtool.checkpoint.huggingface import open_huggingface
-from shardtool.families.architecture import Architecture, Rope, RopeScaling
+from shardtool.families.architecture import Architecture, MixtureOfExperts, Rope, RopeScaling
+from shardtool.formats.torch_dist import read_metadata
 from shardtool.layout.mesh import Mesh
 
 LARGEST = 1e-4
@@ -41,7 +42,11 @@ SAVED = {
         "", 4, 64, 8, 8, 8, 256, VOCAB, 64, norm="layer", activation="gelu_tanh", gated=False, qkv_bias=True,
         linear_bias=True, tied=True, rope=None,
     ),
+    "mixtral": Architecture(
+        "", 4, 64, 8, 4, 8, 96, VOCAB, 64, rope=Rope(1e6), moe=MixtureOfExperts(4, 2, 96, (0, 1, 2, 3)),
+    ),
 }  # fmt: skip
+SINGLETON = ("llama", "gpt2", "mixtral")  # saved with singleton_local_shards too: a key per half and per expert
 LOADED = ("llama", "qwen2_tied", "qwen3", "gpt2")
 ELSEWHERE = (Mesh(tp=4, pp=1), Mesh(tp=1, pp=2), Mesh(tp=2, pp=2))
 
@@ -52,8 +57,10 @@ def at(mesh: Mesh) -> str:
 
 @pytest.fixture(scope="module")
 def run(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of the run: SAVED/torch, SAVED/torch_dist, SAVED.logits; and logits of what was loaded."""
+    """The directory of the run: SAVED/torch, SAVED/torch_dist, SAVED/singleton, SAVED.logits; and logits of what was loaded."""
     root = tmp_path_factory.mktemp("ranks")
+    for name in SINGLETON:
+        (root / name / "singleton").mkdir(parents=True)
     tasks = [Task("save", a, Mesh(tp=2, pp=2), root / name, root / f"{name}.logits", IDS) for name, a in SAVED.items()]
     for name in LOADED:
         a = open_huggingface(tiny_model(name)).opened.architecture
@@ -102,11 +109,22 @@ def ratio(found: torch.Tensor, reference: torch.Tensor) -> float:
     return float((found - reference).abs().max() / reference.std())
 
 
-@pytest.mark.parametrize("form", ["torch", "torch_dist"])
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, form) for name in SAVED for form in ("torch", "torch_dist")] + [(name, "singleton") for name in SINGLETON],
+)
 def test_what_megatron_core_saves_is_exported_to_its_logits(run: Path, name: str, form: str, tmp_path: Path) -> None:
     done("megatron2hf", run / name / form, tmp_path / "hf", "-q")
     assert ratio(logits_of(tmp_path / "hf"), torch.load(run / f"{name}.logits")) <= LARGEST
+
+
+def test_singleton_shards_have_keys_of_their_own(run: Path) -> None:
+    names = set(read_metadata(run / "mixtral" / "singleton" / "iter_0000100").tensors)
+    assert "decoder.layers.3.mlp.experts.experts.2.linear_fc1.weight_v" in names
+    assert (
+        "decoder.layers.0.mlp.linear_fc1.weight_w"
+        in read_metadata(run / "llama" / "singleton" / "iter_0000100").tensors
+    )
 
 
 @pytest.mark.parametrize("name", SAVED)
