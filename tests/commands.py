@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import results
 from shardtool.cli.main import run
 
 
@@ -37,6 +38,7 @@ def command(*arguments: object) -> Result:
             run(given)
         except SystemExit as stop:
             code = int(stop.code or 0)
+    results.of_verify(given, code, out.getvalue())
     return Result("shardtool " + " ".join(given), code, out.getvalue(), err.getvalue())
 
 

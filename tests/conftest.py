@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import results
 from commands import convert
 from shardtool import tiny
 from shardtool.errors import UsageError
@@ -56,8 +57,15 @@ def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.fail(f"{error}\nscripts/test installs what this test needs", pytrace=False)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Results of tests with an oracle of their own."""
+    if report.when == "call" and report.passed:
+        results.of_properties(report.user_properties)
+
+
 def pytest_sessionfinish() -> None:
-    """End the worker processes of the logits verifier, if a test has started them."""
+    """Write the results, if asked; end the worker processes of the logits verifier, if a test has started them."""
+    results.write()
     pool = sys.modules.get("shardtool.verify.pool")
     if pool is not None:
         pool.close_pools()

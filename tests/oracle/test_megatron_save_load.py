@@ -46,7 +46,7 @@ SAVED = {
         "", 4, 64, 8, 4, 8, 96, VOCAB, 64, rope=Rope(1e6), moe=MixtureOfExperts(4, 2, 96, (0, 1, 2, 3)),
     ),
 }  # fmt: skip
-SINGLETON = ("llama", "gpt2", "mixtral")  # saved with singleton_local_shards too: a key per half and per expert
+SINGLETON = ("llama", "mixtral")  # saved with singleton_local_shards too: a key per half and per expert
 LOADED = ("llama", "qwen2_tied", "qwen3", "gpt2")
 ELSEWHERE = (Mesh(tp=4, pp=1), Mesh(tp=1, pp=2), Mesh(tp=2, pp=2))
 
