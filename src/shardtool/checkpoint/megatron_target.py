@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
-from shardtool.checkpoint.target import Target, TargetTensor
+from shardtool.checkpoint.target import Skeletons, Target, TargetTensor
 from shardtool.families.architecture import Architecture
 from shardtool.formats import megatron_legacy, torch_dist_out
 from shardtool.formats.stored import Skeleton
@@ -50,15 +50,16 @@ def legacy_target(
     by_file: dict[str, list[list[TargetTensor]]] = {file: [[] for _ in range(virtual)] for file in files}
     for tensor in tensors:
         by_file[tensor.key[0]][tensor.key[2][0]].append(tensor)
-    skeletons: dict[str, Skeleton] = {}
-    places: dict[Key, tuple[str, Hashable]] = {}
-    for file, chunks in by_file.items():
-        specs = [[(tensor.key[1], tensor.shape, tensor.dtype) for tensor in chunk] for chunk in chunks]
+
+    def skeleton(file: str) -> Skeleton:
+        specs = [[(tensor.key[1], tensor.shape, tensor.dtype) for tensor in chunk] for chunk in by_file[file]]
         extra = [_extra_states([spec_[0] for spec_ in chunk], spec) for chunk in specs]
-        skeletons[file] = megatron_legacy.rank_skeleton({**args, "iteration": iteration}, specs, iteration, extra)
-        for number, chunk in enumerate(chunks):
-            places.update({tensor.key: (file, (number, tensor.key[1])) for tensor in chunk})
-    return Target(skeletons, places)
+        return megatron_legacy.rank_skeleton({**args, "iteration": iteration}, specs, iteration, extra)
+
+    places: dict[Key, tuple[str, Hashable]] = {
+        tensor.key: (tensor.key[0], (tensor.key[2][0], tensor.key[1])) for tensor in tensors
+    }
+    return Target(Skeletons({file: partial(skeleton, file) for file in by_file}), places)
 
 
 def _extra_states(names: Sequence[str], spec: str) -> list[str]:
@@ -87,24 +88,56 @@ def dist_target(
     by_file: dict[str, list[TargetTensor]] = defaultdict(list)
     for tensor in tensors:
         by_file[tensor.key[0]].append(tensor)
-    skeletons: dict[str, Skeleton] = {}
-    places: dict[Key, tuple[str, Hashable]] = {}
-    chunks: dict[str, list[ChunkRef]] = defaultdict(list)
-    for file, held in by_file.items():
-        # a stacked tensor's chunk has the layers' dim, of size 1; in the layout the layer is part of the key
-        shapes = {tensor.key: (1,) * (len(tensor.key[2]) - len(tensor.shape)) + tensor.shape for tensor in held}
-        items = [(tensor.key[1], tensor.key[2], shapes[tensor.key], tensor.dtype) for tensor in held]
-        skeletons[file], extents = torch_dist_out.data_file_skeleton(items)
-        for tensor, (position, length) in zip(held, extents, strict=True):
-            places[tensor.key] = (file, (tensor.key[1], tensor.key[2]))
-            chunks[tensor.key[1]].append(
-                ChunkRef(tensor.key[2], shapes[tensor.key], tensor.dtype, Extent(file, position, length))
-            )
-    blob, names = torch_dist_out.extra_state_blob(), _extra_objects(layout.rules, a)
     objects_file = "__0_1.distcp"
-    skeletons[objects_file], extents = torch_dist_out.data_file_skeleton([], [(name, blob) for name in names])
-    objects = {name: Extent(objects_file, *extent) for name, extent in zip(names, extents, strict=True)}
-    globals_ = {
+
+    @cache
+    def shard(file: str) -> tuple[Skeleton, list[tuple[int, int]]]:
+        held = [(tensor.key[1], tensor.key[2], _chunk_sizes(tensor), tensor.dtype) for tensor in by_file[file]]
+        return torch_dist_out.data_file_skeleton(held)
+
+    @cache
+    def states() -> tuple[Skeleton, dict[str, Extent]]:
+        blob, names = torch_dist_out.extra_state_blob(), _extra_objects(layout.rules, a)
+        skeleton, extents = torch_dist_out.data_file_skeleton([], [(name, blob) for name in names])
+        return skeleton, {name: Extent(objects_file, *extent) for name, extent in zip(names, extents, strict=True)}
+
+    @cache
+    def metadata() -> bytes:
+        extents = {file: shard(file)[1] for file in by_file}
+        return torch_dist_out.metadata_bytes(_global_tensors(by_file, extents), states()[1])
+
+    makers: dict[str, Callable[[], Skeleton]] = {file: partial(_first, partial(shard, file)) for file in by_file}
+    places: dict[Key, tuple[str, Hashable]] = {
+        tensor.key: (tensor.key[0], (tensor.key[1], tensor.key[2])) for tensor in tensors
+    }
+    last: dict[str, Callable[[], bytes]] = {
+        METADATA: metadata,
+        COMMON_FILE: lambda: torch_dist_out.common_bytes({**args, "iteration": iteration}, iteration),
+        METADATA_JSON_FILE: lambda: torch_dist_out.METADATA_JSON,
+    }
+    return Target(Skeletons({**makers, objects_file: partial(_first, states)}), places, last)
+
+
+def _first(make: Callable[[], tuple[Skeleton, object]]) -> Skeleton:
+    return make()[0]
+
+
+def _chunk_sizes(tensor: TargetTensor) -> tuple[int, ...]:
+    """A stacked tensor's chunk has the layers' dim, of size 1; in the layout the layer is part of the key."""
+    return (1,) * (len(tensor.key[2]) - len(tensor.shape)) + tensor.shape
+
+
+def _global_tensors(
+    by_file: Mapping[str, Sequence[TargetTensor]], extents: Mapping[str, Sequence[tuple[int, int]]]
+) -> dict[str, GlobalTensor]:
+    """What `.metadata` says of the tensors, from the (position, length) of each chunk's blob in its file."""
+    chunks: dict[str, list[ChunkRef]] = defaultdict(list)
+    for file, tensors in by_file.items():
+        for tensor, place in zip(tensors, extents[file], strict=True):
+            chunks[tensor.key[1]].append(
+                ChunkRef(tensor.key[2], _chunk_sizes(tensor), tensor.dtype, Extent(file, *place))
+            )
+    return {
         name: GlobalTensor(
             tuple(max(chunk.offsets[dim] + chunk.sizes[dim] for chunk in held) for dim in range(len(held[0].sizes))),
             held[0].dtype,
@@ -112,12 +145,6 @@ def dist_target(
         )
         for name, held in chunks.items()
     }
-    last: dict[str, Callable[[], bytes]] = {
-        METADATA: cache(lambda: torch_dist_out.metadata_bytes(globals_, objects)),
-        COMMON_FILE: lambda: torch_dist_out.common_bytes({**args, "iteration": iteration}, iteration),
-        METADATA_JSON_FILE: lambda: torch_dist_out.METADATA_JSON,
-    }
-    return Target(skeletons, places, last)
 
 
 def _extra_objects(rules: Sequence[Rule], a: Architecture) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,6 +21,26 @@ class TargetTensor(NamedTuple):
     piece: Piece
     shape: tuple[int, ...]
     dtype: str
+
+
+class Skeletons(Mapping[str, Skeleton]):
+    """The skeletons of many files, each made when it is first asked for: a dry run needs their names only."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Skeleton]]) -> None:
+        """`makers` make the skeleton of each file."""
+        self._makers = makers
+        self._made: dict[str, Skeleton] = {}
+
+    def __getitem__(self, name: str) -> Skeleton:
+        if name not in self._made:
+            self._made[name] = self._makers[name]()
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 @dataclass(frozen=True)

@@ -247,31 +247,35 @@ def _converted(prepared: convert.Prepared, dst: Path, overwrite: bool, jobs: int
 
 
 def _explain(prepared: convert.Prepared, dst: Path | None, overwrite: bool) -> None:
-    from shardtool.plan.explain import explain, summary  # noqa: PLC0415 - only the dry run needs it
+    from shardtool.plan.explain import bytes_written, explain, summary  # noqa: PLC0415 - only the dry run needs it
 
     if dst is not None:
         check_destination(prepared.source.path, dst, overwrite=overwrite)
-    target = prepared.target
+    target, to_read = prepared.target, prepared.source.nbytes
+    if not console.SETTINGS.json:
+        written = bytes_written(prepared.plan, prepared.dtypes)
+        lines = [
+            *explain(prepared.plan, prepared.dtypes, written),
+            "",
+            f"{len(target.skeletons)} files, {console.size(written.total())} to write, {console.size(to_read)} to read",
+            *(f"note: {note}" for note in prepared.notes),
+            f"digest {prepared.plan.digest()}",
+        ]
+        console.result({}, lines)
+        return
     data = {
         "direction": prepared.direction,
         "src": str(prepared.source.path),
         "dst": None if dst is None else str(dst),
         "digest": prepared.plan.digest(),
-        "bytes_read": prepared.source.nbytes,
+        "bytes_read": to_read,
         "bytes_written": target.nbytes,
         "files": {name: skeleton.size for name, skeleton in target.skeletons.items()},
         "notes": list(prepared.notes),
         "summary": summary(prepared.plan),
         "plan": prepared.plan.as_dict(),
     }
-    lines = [
-        *explain(prepared.plan, prepared.dtypes),
-        "",
-        f"{len(target.skeletons)} files, {console.size(target.nbytes)} to write, {console.size(prepared.source.nbytes)} to read",
-        *(f"note: {note}" for note in prepared.notes),
-        f"digest {prepared.plan.digest()}",
-    ]
-    console.result(data, lines)
+    console.result(data, ())
 
 
 def register(app: typer.Typer) -> None:

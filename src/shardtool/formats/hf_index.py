@@ -82,9 +82,11 @@ def read_shards(
     where = str(directory / index)
     weights = read_index(directory / index)
     tensors: dict[str, Stored] = {}
-    for name in dict.fromkeys(weights.values()):
+    placed: dict[str, set[str]] = {}
+    for tensor, file in weights.items():
+        placed.setdefault(file, set()).add(tensor)
+    for name, wanted in placed.items():
         found = read_file(plain_file(directory, name, where))
-        wanted = {tensor for tensor, file in weights.items() if file == name}
         _agree(wanted, found, weights, f"{directory / name}", where)
         tensors.update({tensor: found[tensor] for tensor in found if tensor in wanted})
     return {tensor: tensors[tensor] for tensor in weights}

@@ -12,15 +12,23 @@ from typing import Any
 from shardtool.layout.codecs import describe
 from shardtool.layout.equation import component_axes
 from shardtool.layout.layout import Layout, Piece
+from shardtool.layout.rules import MTP
 from shardtool.plan.plan import Copy, Plan
 
 PADDING = {"zeros": "zeros", "last": "the last row repeated", "mean": "the mean of the rows"}
 
 
-def explain(plan: Plan, dtypes: Mapping[int, str] | None = None) -> list[str]:
-    """A plan as lines of text. `dtypes` (by identity of the target's pieces) adds bytes and dtypes."""
+def explain(
+    plan: Plan, dtypes: Mapping[int, str] | None = None, written_bytes: Counter[str] | None = None
+) -> list[str]:
+    """A plan as lines of text. `dtypes` (by identity of the target's pieces) adds bytes and dtypes.
+
+    `written_bytes` are those that `bytes_written` finds, where they are known already.
+    """
     read, written, copies = _by_rule(plan.src.pieces), _by_rule(plan.dst.pieces), _copies_by_rule(plan)
-    lines = _header(plan, dtypes)
+    if dtypes is not None and written_bytes is None:
+        written_bytes = bytes_written(plan, dtypes)
+    lines = _header(plan, written_bytes)
     for number in written:
         held = written[number]
         sides = [side.strip() for side in plan.dst.rules[number].equation.text.split("->")]
@@ -59,7 +67,7 @@ def summary(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _header(plan: Plan, dtypes: Mapping[int, str] | None) -> list[str]:
+def _header(plan: Plan, sizes: Counter[str] | None) -> list[str]:
     facts = summary(plan)
     replicas = f", {facts['replicas_written']:,} of them replicas" if facts["replicas_written"] else ""
     lines = [
@@ -68,14 +76,19 @@ def _header(plan: Plan, dtypes: Mapping[int, str] | None) -> list[str]:
         f"layers   {facts['layers']}",
         f"tensors  {facts['tensors_read']:,} read, {facts['tensors_written']:,} written{replicas}",
     ]
-    if dtypes is not None:
-        sizes: Counter[str] = Counter()
-        for piece in plan.dst.pieces:
-            dtype = dtypes[id(piece)]
-            sizes[dtype] += prod(plan.dst.shape(piece)) * piece.instances * _width(dtype)
+    if sizes is not None:
         kinds = ", ".join(f"{dtype} {_bytes(size)}" for dtype, size in sizes.most_common())
         lines.append(f"bytes    {_bytes(sizes.total())} written: {kinds}")
     return [*lines, f"copies   {facts['copies']:,}"]
+
+
+def bytes_written(plan: Plan, dtypes: Mapping[int, str]) -> Counter[str]:
+    """The payload of the target's tensors by dtype; `dtypes` by identity of the piece."""
+    sizes: Counter[str] = Counter()
+    for piece in plan.dst.pieces:
+        dtype = dtypes[id(piece)]
+        sizes[dtype] += prod(plan.dst.shape(piece)) * piece.instances * _width(dtype)
+    return sizes
 
 
 def _by_rule(pieces: Iterable[Piece]) -> dict[int, list[Piece]]:
@@ -110,8 +123,9 @@ def _names(pieces: list[Piece]) -> str:
     primary = [piece for piece in pieces if not piece.replica] or pieces
     ids: dict[str, set[int]] = defaultdict(set)
     for piece in primary:
-        for axis in piece.names:
-            ids[axis.axis].update(axis.ids)
+        for axis in piece.names:  # layers and experts by their global number; MTP layers as the name has it
+            shift = axis.shift if axis.axis == MTP else 0
+            ids[axis.axis].update(number - shift for number in axis.ids)
     shown = dict.fromkeys(piece.name for piece in primary)
     # a torch_dist checkpoint with a key per layer spells the number out: one piece per layer
     folded: dict[str, set[int]] = defaultdict(set)

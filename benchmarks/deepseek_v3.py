@@ -1,0 +1,93 @@
+"""`shardtool plan` for the real DeepSeek-V3: config and headers of its 671 B parameters in files without payload.
+
+python benchmarks/deepseek_v3.py [--rounds N]     makes the files, times the whole process, prints the medians
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from shardtool.families.blocks import axis_sizes
+from shardtool.families.registry import family_of
+from shardtool.formats import safetensors_files
+from shardtool.layout.huggingface import huggingface_layout
+
+CONFIG: dict[str, Any] = {
+    "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "first_k_dense_replace": 3,
+    "hidden_size": 7168, "intermediate_size": 18432, "kv_lora_rank": 512, "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True,
+    "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
+    "rope_scaling": {
+        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096, "type": "yarn",
+    },
+    "tie_word_embeddings": False, "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16",
+    "v_head_dim": 128, "vocab_size": 129280, "max_position_embeddings": 163840, "hidden_act": "silu",
+}  # fmt: skip
+SHARD_BYTES = 8_600_000_000  # about 163 files, as published
+# 61 layers over 16 stages: 4, 14 times 4, 1
+LAYOUT = ("--tp", "2", "--pp", "16", "--ep", "32", "--first-stage-layers", "4", "--last-stage-layers", "1")
+
+
+def sparse_checkpoint(directory: Path, config: dict[str, Any]) -> int:
+    """A Hugging Face directory with config, index and headers; the payload is a hole. Returns its payload's bytes.
+
+    All in bf16 but the router's correction bias, which is fp32 in the published files.
+    """
+    directory.mkdir(parents=True)
+    family = family_of(config)
+    a = family.read_config(config)
+    layout = huggingface_layout(family.rules(a), axis_sizes(a))
+    specs = [
+        (key[1], layout.shape(piece), "float32" if key[1].endswith("e_score_correction_bias") else "bfloat16")
+        for key, piece in layout.tensors()
+    ]
+    groups = safetensors_files.split_by_size(specs, SHARD_BYTES)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for name, group in zip(safetensors_files.shard_names(len(groups)), groups, strict=True):
+        skeleton = safetensors_files.skeleton(group)
+        with (directory / name).open("wb") as file:
+            for offset, data in skeleton.parts:
+                file.seek(offset)
+                file.write(data)
+            file.truncate(skeleton.size)
+        total += sum(payload.nbytes for payload in skeleton.payload.values())
+        weight_map.update({spec[0]: name for spec in group})
+    count = sum(prod(shape) for _, shape, _ in specs)
+    (directory / safetensors_files.INDEX).write_bytes(safetensors_files.index_json(weight_map, total, count))
+    (directory / "config.json").write_text(json.dumps(config))
+    return total
+
+
+def main() -> None:
+    """Time `shardtool plan hf2megatron` as a process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="processes per format")
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory() as folder:
+        total = sparse_checkpoint(Path(folder) / "model", CONFIG)
+        sys.stdout.write(f"{total:,} bytes, layout {' '.join(LAYOUT)}, median of {rounds}\n")
+        for form in ("torch", "torch_dist"):
+            command = [sys.executable, "-m", "shardtool", "plan", "hf2megatron", str(Path(folder) / "model")]
+            seconds = []
+            for _ in range(rounds):
+                started = time.perf_counter()
+                subprocess.run([*command, "--format", form, *LAYOUT], check=True, stdout=subprocess.DEVNULL)
+                seconds.append(time.perf_counter() - started)
+            sys.stdout.write(f"{form}: {statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})\n")
+
+
+if __name__ == "__main__":
+    main()
