@@ -154,6 +154,18 @@ def test_files_of_every_combination_are_compared(tiny_model: TinyModel, tmp_path
     assert "mp_rank_01_000" in result.err
 
 
+def test_launch_flags_name_the_experts_and_their_layout(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = tiny_model("deepseek_v3")
+    saved = convert(model, tmp_path / "saved", "--format", "torch", *options(tp=2, ep=4, etp=1))
+    given = done("args", saved).out.split()
+    for flag, value in (("--expert-model-parallel-size", "4"), ("--expert-tensor-parallel-size", "1")):
+        assert given[given.index(flag) + 1] == value
+    whole = done("args", model).out
+    for flag in ("--num-experts 8", "--moe-layer-freq", "--moe-router-score-function sigmoid", "--q-lora-rank"):
+        assert flag in whole
+    assert "--expert-model-parallel-size" not in whole
+
+
 # --- latent attention ------------------------------------------------------------------------------------------------
 
 

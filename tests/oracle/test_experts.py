@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -23,7 +24,7 @@ from commands import command, done
 from faults import contents, edit_args, edit_tensors
 from shardtool import tiny
 from shardtool.checkpoint.megatron import read_megatron
-from shardtool.layout.mesh import Mesh
+from shardtool.layout.mesh import Mesh, chunks, virtual_stages
 from shardtool.verify import MegatronSide, PromptSet, get_pool, run_side
 from shardtool.verify.huggingface import load
 
@@ -255,6 +256,33 @@ def test_there_and_back_is_bit_identical(
         count, lines = tiny.differences(grid_model(name), tmp_path / name)
         assert lines == []
         assert count > 100
+
+
+@pytest.mark.parametrize("place", range(len(GRID)), ids=lambda place: name_of(GRID[place]))
+def test_inspected_and_planned_in_every_layout(place: int, grid_model: TinyModel, converted: Converted) -> None:
+    """`inspect` names the layout and each stage's layers; a dry run away from it and back reads and writes everything."""
+    name, form = GRID_MODELS[place % 3], form_of(place + place % 3)
+    mesh = of_model(GRID[place], name)
+    checkpoint = converted(grid_model(name), mesh, form)
+    facts = done("inspect", checkpoint, "--json").json
+    assert facts["problem"] is None
+    sizes = {"tp": mesh.tp, "pp": mesh.pp, "vpp": virtual_stages(mesh), "ep": mesh.ep, "etp": mesh.expert_tp}
+    assert facts["layout"] == sizes
+    if form.format == "torch":
+        counts = [len(chunk.layers) for chunk in chunks(mesh, GRID_LAYERS, int(name == "deepseek_v3"))]
+        assert [layers_in(stage) for stage in facts["stages"]] == counts
+    other = of_model(GRID[(place + 7) % len(GRID)], name)
+    away = done("plan", "reshard", checkpoint, "--json", *mesh_options(other)).json
+    back = done("plan", "megatron2hf", checkpoint, "--json").json
+    assert away["bytes_read"] == back["bytes_read"] == facts["bytes"]
+    assert back["summary"]["tensors_written"] > 100
+    assert away["summary"]["tensors_written"] > 100
+
+
+def layers_in(stage: str) -> int:
+    """The number of layers in a line such as `stage 1 chunk 0: layers 2-3`."""
+    numbers = [int(number) for number in re.findall(r"\d+", stage.partition(": ")[2])]
+    return numbers[-1] - numbers[0] + 1 if numbers else 0
 
 
 def files(root: Path) -> dict[str, bytes]:

@@ -196,6 +196,12 @@ def pipeline_stages_exchanged(checkpoint: Path) -> None:
                 one["model"][key], other["model"][key] = other["model"][key], one["model"][key]
 
 
+def query_and_key_norms_exchanged(state: State) -> None:
+    for key in each(state, "q_layernorm.weight"):
+        other = key.replace("q_layernorm", "k_layernorm")
+        state[key], state[other] = state[other].clone(), state[key].clone()
+
+
 # fault: (model, tp, pp, how it is planted)
 FAULTS: dict[str, tuple[str, int, int, Callable[[Path], None]]] = {
     "qkv_contiguous": ("llama", 1, 1, on_rank(qkv_contiguous)),
@@ -216,6 +222,7 @@ FAULTS: dict[str, tuple[str, int, int, Callable[[Path], None]]] = {
     "pipeline_stages_exchanged": ("llama", 1, 2, pipeline_stages_exchanged),
     "one_bias_zeroed": ("qwen2", 1, 1, on_rank(one_bias_zeroed)),
     "one_bias_removed": ("qwen2", 1, 1, on_rank(one_bias_removed)),
+    "query_and_key_norms_exchanged": ("qwen3", 1, 1, on_rank(query_and_key_norms_exchanged)),
     "tied_head_not_tied": ("qwen2_tied", 1, 2, on_rank(head_is_not_tied, pp=1)),
     "learned_positions_shifted": ("gpt2", 1, 1, on_rank(learned_positions_shifted)),
     "rope_theta_1e4_for_1e6": ("qwen2", 1, 1, in_args(rotary_base=10000)),

@@ -36,12 +36,14 @@ def launch_flags(
         *([] if a.tied else ["--untie-embeddings-and-output-weights"]),
         f"--normalization {'RMSNorm' if a.norm == 'rms' else 'LayerNorm'}",
         *(["--apply-layernorm-1p"] if a.centred_norms else []),
+        *_moe_read_back(a),
         f"--attention-dropout {a.attention_dropout}",
         f"--hidden-dropout {a.hidden_dropout}",
     ]
     not_read_back = [
         f"--tensor-model-parallel-size {mesh.tp}",
         f"--pipeline-model-parallel-size {mesh.pp}",
+        *(_expert_parallel_flags(mesh) if a.moe else []),
         *_split_flags(mesh),
         f"--norm-epsilon {a.norm_eps}",
         *(["--qk-layernorm"] if a.qk_norm else []),
@@ -74,6 +76,30 @@ def launch_flags(
         *({"bfloat16": ["--bf16"], "float16": ["--fp16"]}.get(dtype, [])),
     ]
     return not_read_back if stored_only else read_back + not_read_back
+
+
+def _moe_read_back(a: Architecture) -> list[str]:
+    """What --use-checkpoint-args reads back of experts."""
+    moe = a.moe
+    if moe is None:
+        return []
+    layers = [int(layer in moe.layers) for layer in range(a.num_layers)]
+    return [
+        f"--num-experts {moe.num_experts}",
+        *([] if a.uniform else [f"--moe-layer-freq '{layers}'"]),
+        f"--moe-ffn-hidden-size {moe.ffn_size}",
+        f"--moe-router-topk {moe.top_k}",
+        f"--moe-router-score-function {moe.score}",
+        *(["--moe-router-pre-softmax"] if moe.pre_softmax else []),
+        *(["--moe-router-enable-expert-bias"] if moe.expert_bias else []),
+        *([f"--moe-router-topk-scaling-factor {moe.scaling}"] if moe.scaling is not None else []),
+        *([f"--moe-shared-expert-intermediate-size {moe.shared_ffn_size}"] if moe.shared_ffn_size else []),
+    ]
+
+
+def _expert_parallel_flags(mesh: Mesh) -> list[str]:
+    flags = [f"--expert-model-parallel-size {mesh.ep}"] if mesh.ep > 1 else []
+    return flags + ([f"--expert-tensor-parallel-size {mesh.expert_tp}"] if mesh.expert_tp != mesh.tp else [])
 
 
 def _moe_flags(a: Architecture) -> list[str]:
