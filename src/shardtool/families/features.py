@@ -11,6 +11,8 @@ def features(a: Architecture) -> list[str]:
     found += ["q, k, v biases"] if a.qkv_bias else []
     found += ["biases on all linears"] if a.linear_bias else []
     found += ["q, k norms"] if a.qk_norm and a.mla is None else []
+    found += ["gated attention output"] if a.output_gate else []
+    found += ["gated delta net layers"] if a.linear is not None else []
     found += ["sliding window"] if a.window is not None else []
     found += _positions(a)
     found += ["LayerNorm"] if a.norm == "layer" else []

@@ -132,6 +132,7 @@ def product_size(product: Product, sizes: Mapping[str, int]) -> int:
     return size
 
 
+@cache
 def _choices(product: Product) -> int:
     return prod(sum(_choices(term) for term in factor.terms) for factor in product if isinstance(factor, Sum))
 
@@ -148,9 +149,10 @@ def _paths(product: Product) -> Iterator[tuple[str, ...]]:
             yield path + rest
 
 
-def _component_axes(tensor: Tensor) -> list[tuple[str, ...]]:
+@cache
+def _component_axes(tensor: Tensor) -> tuple[tuple[str, ...], ...]:
     whole: Product = tuple(factor for dim in tensor.dims for factor in dim)
-    return list(_paths(whole))
+    return tuple(_paths(whole))
 
 
 def component_axes(tensor: Tensor, component: int) -> tuple[str, ...]:
