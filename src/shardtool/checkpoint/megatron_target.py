@@ -52,10 +52,15 @@ def legacy_target(
         by_file[tensor.key[0]][tensor.key[2][0]].append(tensor)
     skeletons: dict[str, Skeleton] = {}
     places: dict[Key, tuple[str, Hashable]] = {}
+    # ranks that differ in nothing but their number have the same names and shapes: one skeleton
+    alike: dict[tuple[tuple[tuple[str, tuple[int, ...], str], ...], ...], Skeleton] = {}
     for file, chunks in by_file.items():
-        specs = [[(tensor.key[1], tensor.shape, tensor.dtype) for tensor in chunk] for chunk in chunks]
-        extra = [_extra_states([spec_[0] for spec_ in chunk], spec) for chunk in specs]
-        skeletons[file] = megatron_legacy.rank_skeleton({**args, "iteration": iteration}, specs, iteration, extra)
+        specs = tuple([tuple([(tensor.key[1], tensor.shape, tensor.dtype) for tensor in chunk]) for chunk in chunks])
+        if specs not in alike:
+            extra = [_extra_states([name for name, _, _ in chunk], spec) for chunk in specs]
+            held = {**args, "iteration": iteration}
+            alike[specs] = megatron_legacy.rank_skeleton(held, specs, iteration, extra)
+        skeletons[file] = alike[specs]
         for number, chunk in enumerate(chunks):
             places.update({tensor.key: (file, (number, tensor.key[1])) for tensor in chunk})
     return Target(skeletons, places)
@@ -89,22 +94,42 @@ def dist_target(
         by_file[tensor.key[0]].append(tensor)
     skeletons: dict[str, Skeleton] = {}
     places: dict[Key, tuple[str, Hashable]] = {}
-    chunks: dict[str, list[ChunkRef]] = defaultdict(list)
+    extents_of: dict[str, list[tuple[int, int]]] = {}
     for file, held in by_file.items():
-        # a stacked tensor's chunk has the layers' dim, of size 1; in the layout the layer is part of the key
-        shapes = {tensor.key: (1,) * (len(tensor.key[2]) - len(tensor.shape)) + tensor.shape for tensor in held}
-        items = [(tensor.key[1], tensor.key[2], shapes[tensor.key], tensor.dtype) for tensor in held]
-        skeletons[file], extents = torch_dist_out.data_file_skeleton(items)
-        for tensor, (position, length) in zip(held, extents, strict=True):
-            places[tensor.key] = (file, (tensor.key[1], tensor.key[2]))
-            chunks[tensor.key[1]].append(
-                ChunkRef(tensor.key[2], shapes[tensor.key], tensor.dtype, Extent(file, position, length))
-            )
+        items = [(tensor.key[1], tensor.key[2], _chunk_shape(tensor), tensor.dtype) for tensor in held]
+        skeletons[file], extents_of[file] = torch_dist_out.data_file_skeleton(items)
+        places.update({tensor.key: (file, tensor.key[1:]) for tensor in held})
     blob, names = torch_dist_out.extra_state_blob(), _extra_objects(layout.rules, a)
     objects_file = "__0_1.distcp"
     skeletons[objects_file], extents = torch_dist_out.data_file_skeleton([], [(name, blob) for name in names])
-    objects = {name: Extent(objects_file, *extent) for name, extent in zip(names, extents, strict=True)}
-    globals_ = {
+
+    def metadata() -> bytes:
+        objects = {name: Extent(objects_file, *extent) for name, extent in zip(names, extents, strict=True)}
+        return torch_dist_out.metadata_bytes(_global_tensors(by_file, extents_of), objects)
+
+    last: dict[str, Callable[[], bytes]] = {
+        METADATA: cache(metadata),
+        COMMON_FILE: lambda: torch_dist_out.common_bytes({**args, "iteration": iteration}, iteration),
+        METADATA_JSON_FILE: lambda: torch_dist_out.METADATA_JSON,
+    }
+    return Target(skeletons, places, last)
+
+
+def _chunk_shape(tensor: TargetTensor) -> tuple[int, ...]:
+    """A stacked tensor's chunk has the layers' dim, of size 1; in the layout the layer is part of the key."""
+    return (1,) * (len(tensor.key[2]) - len(tensor.shape)) + tensor.shape
+
+
+def _global_tensors(
+    by_file: Mapping[str, Sequence[TargetTensor]], extents_of: Mapping[str, Sequence[tuple[int, int]]]
+) -> dict[str, GlobalTensor]:
+    """The tensors whose chunks lie in these files at these (position, length), by name."""
+    chunks: dict[str, list[ChunkRef]] = defaultdict(list)
+    for file, held in by_file.items():
+        for tensor, extent in zip(held, extents_of[file], strict=True):
+            place = Extent(file, *extent)
+            chunks[tensor.key[1]].append(ChunkRef(tensor.key[2], _chunk_shape(tensor), tensor.dtype, place))
+    return {
         name: GlobalTensor(
             tuple(max(chunk.offsets[dim] + chunk.sizes[dim] for chunk in held) for dim in range(len(held[0].sizes))),
             held[0].dtype,
@@ -112,12 +137,6 @@ def dist_target(
         )
         for name, held in chunks.items()
     }
-    last: dict[str, Callable[[], bytes]] = {
-        METADATA: cache(lambda: torch_dist_out.metadata_bytes(globals_, objects)),
-        COMMON_FILE: lambda: torch_dist_out.common_bytes({**args, "iteration": iteration}, iteration),
-        METADATA_JSON_FILE: lambda: torch_dist_out.METADATA_JSON,
-    }
-    return Target(skeletons, places, last)
 
 
 def _extra_objects(rules: Sequence[Rule], a: Architecture) -> list[str]:
