@@ -3,10 +3,11 @@
     bench.py build WORK SHAPE GB                       a synthetic checkpoint, and it converted to both Megatron formats
     bench.py time WORK SHAPE GB DIRECTION FORMAT       rounds of every technique, one after the other
     bench.py memory WORK SHAPE GB                      peak anonymous memory of every direction and format
+    bench.py values WORK SHAPE GB                      where values change: llama to fp32, fp8 to bf16
     bench.py scaling WORK SHAPE GB                     over threads and processes
     bench.py small                                     latency of --help, plan time by family
 
-SHAPE is llama or mixtral, FORMAT torch or torch_dist. Every round measures all techniques, in turning order.
+SHAPE is llama, mixtral or fp8, FORMAT torch or torch_dist. Every round measures all techniques, in turning order.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ def folder(work: Path, shape: str, gigabytes: int) -> Path:
 def build(work: Path, shape: str, gigabytes: int) -> None:
     """Make a model, and convert it to tp 4 pp 2 in both formats."""
     base = folder(work, shape, gigabytes)
-    config = {"llama": synthetic.llama, "mixtral": synthetic.mixtral}[shape](gigabytes)
+    config = {"llama": synthetic.llama, "mixtral": synthetic.mixtral, "fp8": synthetic.fp8}[shape](gigabytes)
     if not (base / "hf").exists():
         synthetic.build(base / "hf", config)
         shutil.copy(base / "hf" / "config.json", base / "config.json")  # for the plain script
-    for form in FORMATS:
+    for form in FORMATS if shape != "fp8" else ():
         if not (base / form).exists():
             command = [*WITHOUT_SYNC, *conversion("hf2megatron", base, base / form, form), "-q"]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=measure.ENVIRONMENT)
@@ -152,6 +153,28 @@ def memory(options: argparse.Namespace) -> None:
                    technique="plain script" if name == "plain script" else "shardtool", peak=peak, limited=limited)  # fmt: skip
 
 
+def values(options: argparse.Namespace) -> None:
+    """A conversion that changes values, against `cp` of what it writes; its memory."""
+    base, out, copy = (folder(options.work, options.shape, options.gb), options.work / "out", options.work / "written")
+    dtype = "fp32" if options.shape == "llama" else "bf16"
+    arguments = [*conversion("hf2megatron", base, out, "torch"), "--dtype", dtype, "-q"]
+    measure.remove(copy)
+    subprocess.run([*WITHOUT_SYNC, *conversion("hf2megatron", base, copy, "torch"), "--dtype", dtype, "-q"], check=True,
+                   stdout=subprocess.DEVNULL, env=measure.ENVIRONMENT)  # fmt: skip
+    techniques = {"cp": ["cp", "-r", str(copy), str(out)], "shardtool, no sync": [*WITHOUT_SYNC, *arguments]}
+    written = sum(path.stat().st_size for path in copy.rglob("*") if path.is_file())
+    for number in range(options.rounds):
+        measure.warm(base / "hf")
+        measure.warm(copy)
+        for name, command in list(techniques.items())[:: -1 if number % 2 else 1]:
+            wall, cpu = measure.timed(command, out, need=written + (1 << 28))
+            record(options.results, kind="values", shape=options.shape, gb=options.gb, dtype=dtype, technique=name,
+                   wall=wall, cpu=cpu, round=f"{options.run}-{number}")  # fmt: skip
+    record(options.results, kind="values memory", shape=options.shape, gb=options.gb, dtype=dtype,
+           peak=measure.anonymous_peak(techniques["shardtool, no sync"], out))  # fmt: skip
+    measure.remove(copy)
+
+
 def scaling(options: argparse.Namespace) -> None:
     """hf2megatron with 1, 2 and 4 threads, and as 1, 2 processes of one thread each under torchrun."""
     base, out = folder(options.work, options.shape, options.gb), options.work / "out"
@@ -187,6 +210,7 @@ def commands() -> Iterator[tuple[str, Any, tuple[str, ...]]]:
     yield "build", lambda o: build(o.work, o.shape, o.gb), ("work", "shape", "gb")
     yield "time", time_rounds, ("work", "shape", "gb", "direction", "format")
     yield "memory", memory, ("work", "shape", "gb")
+    yield "values", values, ("work", "shape", "gb")
     yield "scaling", scaling, ("work", "shape", "gb")
     yield "small", small, ()
 
@@ -196,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(required=True)
     kinds: dict[str, dict[str, Any]] = {
-        "work": {"type": Path}, "shape": {"choices": ("llama", "mixtral")}, "gb": {"type": int},
+        "work": {"type": Path}, "shape": {"choices": ("llama", "mixtral", "fp8")}, "gb": {"type": int},
         "direction": {"choices": DIRECTIONS}, "format": {"choices": FORMATS},
     }  # fmt: skip
     for name, function, arguments in commands():

@@ -12,10 +12,12 @@ import numpy as np
 from shardtool.families.blocks import axis_sizes
 from shardtool.families.registry import family_of
 from shardtool.formats import safetensors_files
+from shardtool.formats.stored import ITEMSIZE
 from shardtool.layout.huggingface import huggingface_layout
 
 SHARD_BYTES = 2 * 10**9
 BLOCK = 1 << 20
+QUANTISED_BLOCK = 128
 
 
 def llama(gigabytes: float) -> dict[str, Any]:
@@ -46,6 +48,12 @@ def mixtral(gigabytes: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def fp8(gigabytes: float) -> dict[str, Any]:
+    """A Llama of this size after dequantisation, its linear weights in FP8 with a scale per block of 128 x 128."""
+    quantisation = {"quant_method": "fp8", "weight_block_size": [QUANTISED_BLOCK, QUANTISED_BLOCK], "fmt": "e4m3"}
+    return {**llama(gigabytes), "quantization_config": quantisation}
+
+
 def tensors(config: dict[str, Any]) -> list[tuple[str, tuple[int, ...], str]]:
     """(name, shape, dtype) of every tensor that the config's model has, in the order of the layers."""
     family = family_of(config)
@@ -55,11 +63,23 @@ def tensors(config: dict[str, Any]) -> list[tuple[str, tuple[int, ...], str]]:
         (ids, key[1], layout.shape(piece)) for piece in layout.pieces for ids in piece.ids() for key in [piece.key(ids)]
     ]
     found.sort(key=lambda item: item[0])
-    return [(name, shape, "bfloat16") for _, name, shape in found]
+    if "quantization_config" not in config:
+        return [(name, shape, "bfloat16") for _, name, shape in found]
+    held = []
+    for _, name, shape in found:
+        if name.endswith("_proj.weight"):
+            blocks = tuple(-(-size // QUANTISED_BLOCK) for size in shape)
+            held += [(name, shape, "float8_e4m3fn"), (name + "_scale_inv", blocks, "float32")]
+        else:
+            held.append((name, shape, "bfloat16"))
+    return held
 
 
 def build(directory: Path, config: dict[str, Any]) -> int:
-    """Write the checkpoint; its bytes. Values are random with exponents near 0, so that casts meet ordinary numbers."""
+    """Write the checkpoint; its bytes. Values are random with exponents near 0, so that casts meet ordinary numbers.
+
+    Where there is FP8, no byte is a NaN of it, and the scales are numbers below 2.
+    """
     directory.mkdir(parents=True)
     specs = tensors(config)
     groups = safetensors_files.split_by_size(specs, SHARD_BYTES)
@@ -74,11 +94,11 @@ def build(directory: Path, config: dict[str, Any]) -> int:
             left = skeleton.size - len(skeleton.parts[0][1])
             while left:
                 bits = rng.integers(0, 1 << 16, BLOCK, dtype=np.uint16)
-                bits = (bits & 0x83FF) | 0x3C00
+                bits = bits & 0xBFBF if "quantization_config" in config else (bits & 0x83FF) | 0x3C00
                 left -= file.write(bits.tobytes()[:left])
         weight_map.update({spec[0]: name for spec in group})
     if len(groups) > 1:
-        count = sum(prod(spec[1]) for spec in specs)
-        (directory / safetensors_files.INDEX).write_bytes(safetensors_files.index_json(weight_map, 2 * count, count))
+        count, size = sum(prod(spec[1]) for spec in specs), sum(prod(spec[1]) * ITEMSIZE[spec[2]] for spec in specs)
+        (directory / safetensors_files.INDEX).write_bytes(safetensors_files.index_json(weight_map, size, count))
     (directory / "config.json").write_text(json.dumps(config))
     return total

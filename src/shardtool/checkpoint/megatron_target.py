@@ -51,10 +51,15 @@ def legacy_target(
     for tensor in tensors:
         by_file[tensor.key[0]][tensor.key[2][0]].append(tensor)
 
-    def skeleton(file: str) -> Skeleton:
-        specs = [[(tensor.key[1], tensor.shape, tensor.dtype) for tensor in chunk] for chunk in by_file[file]]
-        extra = [_extra_states([spec_[0] for spec_ in chunk], spec) for chunk in specs]
+    @cache  # ranks that differ in nothing but their number have the same names and shapes: one skeleton
+    def made(specs: tuple[tuple[tuple[str, tuple[int, ...], str], ...], ...]) -> Skeleton:
+        extra = [_extra_states([name for name, _, _ in chunk], spec) for chunk in specs]
         return megatron_legacy.rank_skeleton({**args, "iteration": iteration}, specs, iteration, extra)
+
+    def skeleton(file: str) -> Skeleton:
+        return made(
+            tuple([tuple([(each.key[1], each.shape, each.dtype) for each in chunk]) for chunk in by_file[file]])
+        )
 
     places: dict[Key, tuple[str, Hashable]] = {
         tensor.key: (tensor.key[0], (tensor.key[2][0], tensor.key[1])) for tensor in tensors

@@ -128,7 +128,7 @@ def _block_scaled(stored: Stored, form: BlockScaled, low: int, count: int, read:
     raw = read(form.scale.file, form.scale.offset + bands.start * across * size, len(bands) * across * size)
     scales = np.frombuffer(raw, numpy_dtype(form.scale.dtype, values=True)).astype(np.float32).reshape(-1, across)
     data = np.frombuffer(read(stored.file, stored.offset + low, count), np.uint8)
-    values = _e4m3()[data].reshape(rows, width)
+    values = np.take(_e4m3(), data, mode="clip").reshape(rows, width)  # twice as fast as indexing
     for band in bands:
         begin, end = max(first, band * form.rows) - first, min(first + rows, (band + 1) * form.rows) - first
         values[begin:end] *= np.repeat(scales[band - bands.start], form.columns)[:width]

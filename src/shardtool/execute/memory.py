@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
-_SECONDS = 0.05  # between looks
+_SECONDS = 0.25  # between looks
 
 
 def anonymous_memory() -> int:

@@ -7,6 +7,7 @@ What megatron-core 0.12 to 0.19 load and torch's FileSystemReader reads: each ch
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from shardtool.formats import torch_zip_out
@@ -42,12 +43,35 @@ def data_file_skeleton(
     `items` are (name, offsets, shape, dtype) of chunks; payload is keyed (name, offsets). Returns the skeleton, and
     (position, length) of every blob: those of the items, then those of the objects.
     """
+    size, parts, places, extents = _blobs(tuple([(shape, dtype) for _, _, shape, dtype in items]))
+    payload: dict[Hashable, Payload] = {
+        (name, offsets): place for (name, offsets, _, _), place in zip(items, places, strict=True)
+    }
+    if not objects:
+        return Skeleton(size, parts, payload), list(extents)
+    last_at, last = parts[-1] if parts else (0, b"")
+    ends, position = list(extents), size
+    for _, blob in objects:
+        ends.append((position, len(blob)))
+        position += len(blob)
+    whole = (last_at, last + b"".join(blob for _, blob in objects))
+    return Skeleton(position, (*parts[:-1], whole), payload), ends
+
+
+@lru_cache(maxsize=256)
+def _blobs(
+    tensors: tuple[tuple[tuple[int, ...], str], ...],
+) -> tuple[int, tuple[tuple[int, bytes], ...], tuple[Payload, ...], tuple[tuple[int, int], ...]]:
+    """The blobs of (shape, dtype) one after the other: size, parts, payloads, (position, length) of each.
+
+    Ranks that differ in nothing but their number have the same.
+    """
     templates: dict[tuple[tuple[int, ...], str], Skeleton] = {}
     parts: list[tuple[int, bytes]] = []
-    payload: dict[Hashable, Payload] = {}
+    places: list[Payload] = []
     extents: list[tuple[int, int]] = []
     pending, pending_at, position = bytearray(), 0, 0  # everything between two payloads is one part
-    for name, offsets, shape, dtype in items:
+    for shape, dtype in tensors:
         template = templates.get((shape, dtype))
         if template is None:
             template = templates[shape, dtype] = torch_zip_out.skeleton(TensorOut(None, dtype, shape))
@@ -56,17 +80,12 @@ def data_file_skeleton(
         if len(template.parts) == 2:
             parts.append((pending_at, bytes(pending)))
             pending, pending_at = bytearray(template.parts[1][1]), position + template.parts[1][0]
-        crc_at = tuple(position + at for at in place.crc_at)
-        payload[name, offsets] = Payload(position + place.offset, shape, dtype, crc_at)
+        places.append(Payload(position + place.offset, shape, dtype, tuple([position + at for at in place.crc_at])))
         extents.append((position, template.size))
         position += template.size
-    for _, blob in objects:
-        pending += blob
-        extents.append((position, len(blob)))
-        position += len(blob)
     if pending:
         parts.append((pending_at, bytes(pending)))
-    return Skeleton(position, tuple(parts), payload), extents
+    return position, tuple(parts), tuple(places), tuple(extents)
 
 
 def object_blob(value: object) -> bytes:
