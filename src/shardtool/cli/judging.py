@@ -1,4 +1,4 @@
-"""inspect, verify, args, demo."""
+"""inspect, diff, verify, args, demo."""
 
 from __future__ import annotations
 
@@ -56,6 +56,21 @@ def verify(
     raise typer.Exit(report.exit_code)
 
 
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="The reference.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="What is compared with it.", show_default=False)],
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Are they the same tensors? Across formats and layouts; what differs is named. Exit 0 the same, 1 different."""
+    from shardtool.diff.compare import compared_bytes, diff  # noqa: PLC0415 - only this command needs it
+
+    ours, theirs = checkpoint(a), checkpoint(b)
+    with console.progress(compared_bytes(ours, theirs), "diff") as progress:
+        report = diff(ours, theirs, say=console.say if verbose else None, progress=progress)
+    console.result(report.as_dict(), report.lines())
+    raise typer.Exit(report.exit_code)
+
+
 def args(
     ckpt: Source,
     every: Annotated[bool, typer.Option("--all", help="Also the flags that --use-checkpoint-args reads back.")] = False,
@@ -94,6 +109,7 @@ def demo(
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command()(inspect)
+    app.command()(diff)
     app.command()(verify)
     app.command()(args)
     app.command()(demo)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -204,6 +204,18 @@ def replicas(layout: Layout) -> Plan | None:
     made = Plan(layout, twins, tuple(copies), tuple(_regions(item for p in found for item in _padding(twins, p))), ())
     _check_written(made)
     return made
+
+
+def common(src: Layout, dst: Layout, order: Mapping[int, Sequence[int]] | None = None) -> Plan:
+    """The copies between what both layouts hold, whether or not that is everything: nothing is checked.
+
+    `order` renames components of the target: component k of rule r is the source's component `order[r][k]`.
+    """
+    targets = _views_by_rule(dst, dst.pieces)
+    for number, names in (order or {}).items():
+        targets[number] = [item._replace(component=names[item.component]) for item in targets.get(number, ())]
+    sources = _views_by_rule(src, [piece for piece in src.pieces if not piece.replica])
+    return Plan(src, dst, tuple(_copies(sources, targets)), (), ())
 
 
 def _components(layout: Layout, piece: Piece) -> range:
