@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from builds import with_multi_token_prediction
 from commands import command, done
 from faults import contents, edit_args, edit_tensors
 from shardtool import tiny
@@ -192,28 +193,6 @@ GRID = [
     Mesh(tp=2, pp=4, ep=2, pipeline_layout="E|t*3|t*3|mL"),  # stages without layers
     Mesh(pp=3, pipeline_layout="Et*5|tm|L"),  # multi-token prediction and loss apart
 ]
-
-
-def with_multi_token_prediction(model: Path) -> None:
-    """Add the MTP layer that a DeepSeek config promises and transformers leaves out, embedding and head repeated in it.
-
-    An expert layer under the next number, its own norms and projection, everything but the two aliases random.
-    """
-    config = json.loads((model / "config.json").read_text())
-    tensors = load_file(model / "model.safetensors")
-    last, hidden = config["num_hidden_layers"], config["hidden_size"]
-    at, generator = f"model.layers.{last}.", torch.Generator().manual_seed(1)
-    added = {
-        key.replace(f"model.layers.{last - 1}.", at): torch.randn(value.shape, generator=generator)
-        for key, value in tensors.items()
-        if key.startswith(f"model.layers.{last - 1}.")
-    }
-    added |= {at + name: torch.randn(hidden, generator=generator) for name in ("enorm.weight", "hnorm.weight")}
-    added[at + "eh_proj.weight"] = torch.randn(hidden, 2 * hidden, generator=generator)
-    added[at + "shared_head.norm.weight"] = torch.randn(hidden, generator=generator)
-    added[at + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-    added[at + "shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    save_file(tensors | added, model / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="module")

@@ -184,7 +184,7 @@ class Diagnosing:
         counts = dict.fromkeys([*((mesh.expert_tp if rule.per_expert else mesh.tp) for mesh in meshes), 1])
         for variant in variants(rule, component_names(rule)):
             for tp in counts:
-                if (tp == 1) == variant.windows:
+                if tp == 1 and variant.windows:
                     continue
                 try:
                     cuts = tp_cuts(rule, tp, sizes)

@@ -86,15 +86,17 @@ class Relation:
         for shift, holds in self.shifts.items():
             if holds:
                 return Diagnosis("off_by_one", f"b is a {'plus' if shift > 0 else 'minus'} 1")
+        if self.differing == 1 and self.broken[0] == self.broken[1]:
+            return Diagnosis("one_element", f"one element: {self.first[0]:.9g} in a, {self.first[1]:.9g} in b")
         if self.scaled and self.scale is not None and self.elements > 1:
+            if abs(self.scale - 1.0) <= self.tolerance:
+                return Diagnosis("rounding", "the same but for the last digits")
             digits = 3 if self.tolerance > 1e-4 else 6
             if f"{self.scale:.{digits}g}" == "-1":
                 return Diagnosis("negated", "b is a with the other sign")
             return Diagnosis("scaled", f"b is a times {self.scale:.{digits}g}")
         if self.broken[0] != self.broken[1]:
             return Diagnosis("not_finite", f"NaN or infinite: {self.broken[0]} elements of a, {self.broken[1]} of b")
-        if self.differing == 1:
-            return Diagnosis("one_element", f"one element: {self.first[0]:.9g} in a, {self.first[1]:.9g} in b")
         return None
 
     @property

@@ -74,6 +74,15 @@ def _arranged(
         if outer and all(isinstance(factor, str) for factor in outer):
             yield (*outer, Sum(mine)), order, code, f"in the order {said} within each group"
         yield (Sum(tuple(outer + term for term in mine)),), order, code, f"one after the other: all {said.replace(', ', ', all ')}"
-        if len({tuple(term) for term in mine}) == 1 and all(isinstance(factor, str) for factor in mine[0]):
-            rows = (*outer, *mine[0], Sum(tuple(() for _ in mine)))
+        inner = _common_end(mine)
+        if inner and all(isinstance(factor, str) for factor in inner):
+            rows = (*outer, *inner, Sum(tuple(term[: len(term) - len(inner)] for term in mine)))
             yield rows, order, code.replace("order", "interleaved"), f"rows of {said} in turn"
+
+
+def _common_end(terms: tuple[Product, ...]) -> Product:
+    """The axes with which all terms end."""
+    count = 0
+    while all(len(term) > count for term in terms) and len({term[len(term) - count - 1] for term in terms}) == 1:
+        count += 1
+    return terms[0][len(terms[0]) - count :]
