@@ -31,6 +31,10 @@ def edited(model: Path, out: Path, change: Callable[[State], None], **config: ob
     return out
 
 
+def unchanged(_state: State) -> None:
+    """Nothing."""
+
+
 def compared(a: Path, b: Path) -> Result:
     """`diff A B --json`, which must say that they differ."""
     result = command("diff", a, b, "--json", "-q")
@@ -73,7 +77,7 @@ def test_two_layouts_of_experts_are_the_same(tiny_model: TinyModel, tmp_path: Pa
 
 
 def test_directories_of_an_unknown_architecture_go_by_name(tiny_model: TinyModel, tmp_path: Path) -> None:
-    model = edited(tiny_model("llama"), tmp_path / "a", lambda state: None, model_type="new", architectures=["New"])
+    model = edited(tiny_model("llama"), tmp_path / "a", unchanged, model_type="new", architectures=["New"])
     other = edited(model, tmp_path / "b", lambda state: state[LAYER.format(2) + "mlp.up_proj.weight"].mul_(2))
     done("diff", model, model, "-q")
     result = compared(model, other)
@@ -82,7 +86,7 @@ def test_directories_of_an_unknown_architecture_go_by_name(tiny_model: TinyModel
 
 
 def test_other_configs_are_a_note(tiny_model: TinyModel, tmp_path: Path) -> None:
-    other = edited(tiny_model("llama"), tmp_path / "b", lambda state: None, rms_norm_eps=1e-6)
+    other = edited(tiny_model("llama"), tmp_path / "b", unchanged, rms_norm_eps=1e-6)
     report = done("diff", tiny_model("llama"), other, "--json", "-q").json
     assert report["notes"] == ["the configs differ: norm_eps: 1e-05 and 1e-06"]
 
@@ -140,7 +144,7 @@ CHANGES: list[tuple[str, str, Callable[[State], None]]] = [
     ("zeroed", "llama", each(LAYER.format(2) + "self_attn.o_proj", torch.zeros_like)),
     ("transposed", "llama", each(LAYER.format(2) + "self_attn.o_proj", torch.t)),
     ("one_element", "llama", each(DOWN, one_bit)),
-    ("moved", "llama", lambda state: state.update({"model.norm.weight": state[LAYER.format(0) + "input_layernorm.weight"]})),
+    ("moved", "llama", lambda state: state.update({"model.norm.weight": state[LAYER.format(0) + "input_layernorm.weight"].clone()})),
     ("vocabulary_rows_shifted", "llama", each("lm_head", lambda value: torch.cat([value[:100], value[99:119]]))),
     ("partly_zeroed", "llama", each("lm_head", lambda value: torch.cat([value[:100], torch.zeros(20, 64)]))),
     ("mlp_rows_reversed", "llama", each(DOWN, lambda value: value.flip(1))),
@@ -163,7 +167,7 @@ def test_the_text_names_tensors_layers_and_parts(tiny_model: TinyModel, tmp_path
     b = edited(tiny_model("llama"), tmp_path / "b", each(LAYER.format(1) + "self_attn.k_proj", pairs))
     lines = command("diff", tiny_model("llama"), b, "-q").out.splitlines()
     assert lines[2:] == [
-        "values   model.layers.1.self_attn.k_proj.weight: 1,536 of 8,192 elements",
+        "values   model.layers.1.self_attn.k_proj.weight: 1,536 of 2,048 elements",
         "           key: rope rows as neighbouring pairs where a has two halves",
         "different: 1 values; 138,816 elements compared",
     ]

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -24,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from builds import with_multi_token_prediction  # noqa: E402
 from catalogue import Mutant, all_mutants  # noqa: E402
-from commands import command, done  # noqa: E402
+from commands import done  # noqa: E402
 from shardtool import tiny  # noqa: E402
 from shardtool.diff import diff  # noqa: E402
 from shardtool.errors import ShardtoolError  # noqa: E402
@@ -271,8 +270,9 @@ def main(argv: list[str] | None = None) -> int:
     fp32 = next((verdict.threshold for verdict in verdicts if verdict.threshold), 0.0)
     if given.out is not None:
         given.out.write_text(document(verdicts, rights, fp32))
-    print(f"{len(verdicts)} mutants, {sum(v.caught for v in verdicts)} caught; {len(rights)} right conversions,"
-          f" {sum(not right.passed for right in rights)} refused; {bad} complaints; {time.monotonic() - started:.0f} s")  # fmt: skip
+    caught, refused = sum(verdict.caught for verdict in verdicts), sum(not right.passed for right in rights)
+    print(f"{len(verdicts)} mutants, {caught} caught; {len(rights)} right conversions, {refused} refused;"
+          f" {bad} complaints; {time.monotonic() - started:.0f} s")  # fmt: skip
     return 1 if bad else 0
 
 

@@ -38,7 +38,7 @@ def verify(
     b: Annotated[str, typer.Argument(metavar="B", help="What is to be the same model.", show_default=False)],
     level: Annotated[list[str] | None, typer.Option("--level", help="accounting, exact or logits; may be repeated. [default: all]", show_default=False)] = None,
     dtype: Annotated[Precision, typer.Option("--dtype", help="The dtype in which both models compute.")] = Precision.fp32,
-    threshold: Annotated[float | None, typer.Option("--threshold", help="Largest max |delta logit| / std(logits). [default: 1e-3 in fp32, measured noise else]", show_default=False)] = None,
+    threshold: Annotated[float | None, typer.Option("--threshold", help="Largest max |delta logit| / std(logits). [default: 1e-4 in fp32, measured rounding else]", show_default=False)] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the random-token prompts.")] = 0,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Longest prompt.", show_default=False)] = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
@@ -65,7 +65,7 @@ def diff(
     from shardtool.diff.compare import compared_bytes, diff  # noqa: PLC0415 - only this command needs it
 
     ours, theirs = checkpoint(a), checkpoint(b)
-    with console.progress(compared_bytes(ours, theirs), "diff") as progress:
+    with console.progress(compared_bytes(theirs), "diff") as progress:
         report = diff(ours, theirs, say=console.say if verbose else None, progress=progress)
     console.result(report.as_dict(), report.lines())
     raise typer.Exit(report.exit_code)

@@ -39,7 +39,7 @@ def diff(a: Path, b: Path, *, say: Callable[[str], None] | None = None, progress
     return DiffReport(str(a), str(b), labels, compared, tuple(findings), tuple(_notes(pair)))
 
 
-def compared_bytes(a: Path, b: Path) -> int:
+def compared_bytes(b: Path) -> int:
     """About the bytes that the comparison goes through, for a progress bar."""
     return sum(file.stat().st_size for file in b.rglob("*") if file.is_file())
 
@@ -66,7 +66,7 @@ def _structure(pair: Pair) -> Iterator[Finding]:
     for side, name in ((a, "a"), (b, "b")):
         for key, items in side.wrong.items():
             yield _wrong_shape(pair, side, name, key, items)
-        for key, (tensor, expected, found) in (side.said.wrong or {}).items():
+        for tensor, expected, found in (side.said.wrong or {}).values():
             detail = f"{list(found)} in {name}, whose own model has {list(expected)}"
             yield Finding("shape", *_two(side, a, (tensor,)), (), detail)
     if pair.vocab[0] != pair.vocab[1]:
@@ -211,7 +211,7 @@ def _values(pair: Pair, progress: Progress | None, tell: Callable[[str], None]) 
     a, b = pair.a, pair.b
     compared, differences = engine.compare(common(a.layout, b.layout), a.said.locate, b.said.locate, progress=progress)
     more, twins = _twins(a.layout, a)
-    pieces = {key: piece for key, piece in b.layout.tensors()} if differences else {}
+    pieces = dict(b.layout.tensors()) if differences else {}
     by_rule: dict[int, list[engine.Difference]] = defaultdict(list)
     copies: dict[int, list[engine.Difference]] = defaultdict(list)
     for item in differences:

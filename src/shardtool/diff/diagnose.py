@@ -136,7 +136,7 @@ class Diagnosing:
     def _blocks(self, axis: str, rule: Rule) -> dict[str, int]:
         """The sizes of blocks of an axis that have a name: what one rank or stage of either side holds."""
         found: dict[str, int] = {}
-        size = self.pair.a.layout.sizes[axis] if axis in self.pair.a.layout.sizes else 0
+        size = self.pair.a.layout.sizes.get(axis, 0)
         for side in (self.pair.b, self.pair.a):
             mesh = side.said.mesh
             if axis == rule.tp:
@@ -160,19 +160,17 @@ class Diagnosing:
         while waiting:
             one = waiting[0]
             for right, wrong, who in ((b, a, "in b: "), (a, b, "in a: ")):
-                match = next(
-                    (variant for variant in self._tries(number) if _fits(right, wrong, number, dtype, variant, one)), None
-                )
-                if match is not None:
-                    break
-            if match is None:
+                tries = self._tries(number)
+                match = next((tried for tried in tries if _fits(right, wrong, number, dtype, tried, one)), None)
+                if match is None:
+                    continue
+                said = Diagnosis(match[0].diagnosis.code, who + match[0].diagnosis.text)
+                same = {ids for ids in waiting if ids == one or _fits(right, wrong, number, dtype, match, ids)}
+                found |= {place: said for place in left if place[1] in same}
+                waiting = [ids for ids in waiting if ids not in same]
+                break
+            else:
                 waiting = waiting[1:]
-                continue
-            variant, _ = match
-            said = Diagnosis(variant.diagnosis.code, who + variant.diagnosis.text)
-            same = [ids for ids in waiting if ids == one or _fits(right, wrong, number, dtype, match, ids)]
-            found |= {place: said for place in left if place[1] in same}
-            waiting = [ids for ids in waiting if ids not in same]
         return found
 
     def _tries(self, number: int) -> Iterator[tuple[Variant, list[dict[str, Any]]]]:
@@ -276,7 +274,11 @@ def _fits(
         if rest or at is None:
             return False
         cuts = [
-            {"window": tuple((rank * step, (rank + 1) * step) if dim == at else (0, size) for dim, size in enumerate(shape))}
+            {
+                "window": tuple(
+                    (rank * step, (rank + 1) * step) if dim == at else (0, size) for dim, size in enumerate(shape)
+                )
+            }
             for rank in range(len(cuts))
         ]
     changed = probing(layout, number, [variant.dims], cuts, ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,35 +49,84 @@ def permutation(found: Sequence[int | None]) -> list[int] | None:
     return known if sorted(known) == list(range(len(found))) else None
 
 
+@dataclass(frozen=True)
+class _Moved:
+    """A permutation: index i of b holds what index `order[i]` of a does; `inner` is the part of it that moved."""
+
+    axis: str
+    order: Sequence[int]
+    parts: Mapping[str, int]
+    low: int
+    inner: Sequence[int]
+
+    @property
+    def pairs(self) -> list[tuple[int, int]] | None:
+        """The exchanged indices, where it is a few exchanges of two."""
+        return _pairs(self.order)
+
+
 def describe(axis: str, moved: Sequence[int], parts: Mapping[str, int]) -> Diagnosis:
     """What a permutation of an axis is called. Index i of b holds what index `moved[i]` of a does.
 
     `parts` are sizes of blocks with a name of their own: ("tp shard", rows of one).
     """
-    name = axis_name(axis)
     low, high = _span(moved)
-    inner = [index - low for index in moved[low:high]]
-    for what, size in parts.items():
-        if (blocks := _blocks(moved, size)) is not None:
-            return Diagnosis(f"{what.replace(' ', '_')}s_exchanged", _of_blocks(name, what, blocks))
-    if axis in ROPE and (order := _rope(inner)) is not None:
-        return order
-    if (shift := _rotation(moved)) is not None:
-        how = _blocks_of(shift, len(moved), parts)
-        return Diagnosis(f"{_code(axis)}_rotated", f"{name} rotated by {shift}{how}: 0 holds a's {moved[0]}")
-    if inner == list(range(len(inner)))[::-1] and len(inner) > 2:
-        where = "" if len(inner) == len(moved) else f" {low}-{high - 1}"
-        return Diagnosis(f"{_code(axis)}_reversed", f"{name}{where} in reverse order")
-    pairs = [(i, j) for i, j in enumerate(moved) if i < j and moved[j] == i]
-    if len(pairs) * 2 == sum(i != j for i, j in enumerate(moved)) and len(pairs) <= 4:
-        swaps = ", ".join(f"{i} and {j}" for i, j in pairs)
-        return Diagnosis(f"{_code(axis)}_exchanged", f"{name} {swaps} exchanged")
-    if (size := _equal_blocks(moved)) is not None:
-        blocks = _blocks(moved, size) or []
-        return Diagnosis(f"{_code(axis)}_exchanged", _of_blocks(name, f"block of {size}", blocks))
-    if (halves := _interleaved(inner)) is not None:
-        return Diagnosis(f"{_code(axis)}_interleaved", f"{name} {halves}")
-    return Diagnosis(f"{_code(axis)}_permuted", f"{name} permuted: {_shown(moved)}")
+    one = _Moved(axis, moved, parts, low, [index - low for index in moved[low:high]])
+    for attempt in (_named_blocks, _rope, _rotated, _reversed, _exchanged, _blocks_exchanged, _in_turn):
+        if (found := attempt(one)) is not None:
+            return found
+    return Diagnosis(f"{_code(axis)}_permuted", f"{axis_name(axis)} permuted: {_shown(moved)}")
+
+
+def _named_blocks(one: _Moved) -> Diagnosis | None:
+    for what, size in one.parts.items():
+        if (blocks := _blocks(one.order, size)) is not None:
+            return Diagnosis(f"{what.replace(' ', '_')}s_exchanged", _of_blocks(axis_name(one.axis), what, blocks))
+    return None
+
+
+def _rotated(one: _Moved) -> Diagnosis | None:
+    shift = _rotation(one.order)
+    if shift is None:
+        return None
+    how = _blocks_of(shift, len(one.order), one.parts)
+    text = f"{axis_name(one.axis)} rotated by {shift}{how}: 0 holds a's {one.order[0]}"
+    return Diagnosis(f"{_code(one.axis)}_rotated", text)
+
+
+def _reversed(one: _Moved) -> Diagnosis | None:
+    size = len(one.inner)
+    if size <= 3 or list(one.inner) != list(range(size))[::-1]:
+        return None
+    where = "" if size == len(one.order) else f" {one.low}-{one.low + size - 1}"
+    return Diagnosis(f"{_code(one.axis)}_reversed", f"{axis_name(one.axis)}{where} in reverse order")
+
+
+def _exchanged(one: _Moved) -> Diagnosis | None:
+    if one.pairs is None:
+        return None
+    swaps = ", ".join(f"{i} and {j}" for i, j in one.pairs)
+    return Diagnosis(f"{_code(one.axis)}_exchanged", f"{axis_name(one.axis)} {swaps} exchanged")
+
+
+def _blocks_exchanged(one: _Moved) -> Diagnosis | None:
+    size = _equal_blocks(one.order)
+    blocks = None if size is None else _blocks(one.order, size)
+    if blocks is None:
+        return None
+    text = _of_blocks(axis_name(one.axis), f"block of {size}", blocks).replace(f"block of {size}s", f"blocks of {size}")
+    return Diagnosis(f"{_code(one.axis)}_exchanged", text)
+
+
+def _in_turn(one: _Moved) -> Diagnosis | None:
+    text = _halves_or_pairs(one.inner)
+    return None if text is None else Diagnosis(f"{_code(one.axis)}_interleaved", f"{axis_name(one.axis)} {text}")
+
+
+def _pairs(order: Sequence[int], most: int = 4) -> list[tuple[int, int]] | None:
+    """The exchanged indices of a permutation that is at most so many exchanges of two."""
+    pairs = [(i, j) for i, j in enumerate(order) if i < j and order[j] == i]
+    return pairs if len(pairs) * 2 == sum(i != j for i, j in enumerate(order)) and len(pairs) <= most else None
 
 
 def describe_copies(axis: str, found: Sequence[int | None], differing: Sequence[int]) -> Diagnosis | None:
@@ -109,7 +159,7 @@ def ranges(numbers: Sequence[int], most: int = 8) -> str:
 def _code(axis: str) -> str:
     words = {"gq": "query_heads", "q": "query_heads", "d": "head_dims", "f": "mlp_rows", "x": "expert_rows",
              "v": "vocabulary_rows", "n": "attention_heads", "h": "channels"}  # fmt: skip
-    return words.get(axis, axis_name(axis).split(" of ")[0].replace(" ", "_"))
+    return words.get(axis, re.sub(r"\W+", "_", axis_name(axis).split(" of ")[0]))
 
 
 def _span(moved: Sequence[int]) -> tuple[int, int]:
@@ -140,8 +190,7 @@ def _equal_blocks(moved: Sequence[int]) -> int | None:
 
 
 def _of_blocks(name: str, what: str, blocks: Sequence[int]) -> str:
-    pairs = [(i, j) for i, j in enumerate(blocks) if i < j and blocks[j] == i]
-    if len(pairs) * 2 == sum(i != j for i, j in enumerate(blocks)) and len(pairs) <= 4:
+    if (pairs := _pairs(blocks)) is not None:
         return f"{name}: {what}s {', '.join(f'{i} and {j}' for i, j in pairs)} exchanged"
     return f"{name}: {what}s permuted: {_shown(blocks)}"
 
@@ -161,14 +210,22 @@ def _blocks_of(shift: int, size: int, parts: Mapping[str, int]) -> str:
     return ""
 
 
-def _rope(inner: Sequence[int]) -> Diagnosis | None:
-    """The two orders of rope dims: halves (0, n/2, ...) and neighbouring pairs (0, 1, ...)."""
-    # the first and the last dim have the same place in both orders, so the span that moved lacks them
+def _rope(one: _Moved) -> Diagnosis | None:
+    """The two orders of rope dims."""
+    text = _halves_or_pairs(one.inner) if one.axis in ROPE else None
+    if text is None:
+        return None
+    return Diagnosis("rope_interleaved" if text.startswith("as n") else "rope_halves", f"rope rows {text}")
+
+
+def _halves_or_pairs(inner: Sequence[int]) -> str | None:
+    """Halves (0, n/2, 1, ...) for neighbouring pairs (0, 1, ...), or the other way round."""
+    # the first and the last index have the same place in both orders, so the span that moved lacks them
     for edge in (0, 1):
         size = len(inner)
         whole = [*range(edge), *(index + edge for index in inner), *range(size + edge, size + 2 * edge)]
         if (text := _interleaved(whole)) is not None:
-            return Diagnosis("rope_interleaved" if text.startswith("as n") else "rope_halves", f"rope rows {text}")
+            return text
     return None
 
 

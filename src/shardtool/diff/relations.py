@@ -76,28 +76,33 @@ class Relation:
 
     def diagnosis(self) -> Diagnosis | None:
         """The relation by name."""
-        if self.zeros[1] or self.zeros[0]:
-            return Diagnosis("zeroed", "all zeros in b" if self.zeros[1] else "all zeros in a")
+        return next(self._holding(), None)
+
+    def _holding(self) -> Iterator[Diagnosis]:
+        if any(self.zeros):
+            yield Diagnosis("zeroed", "all zeros in b" if self.zeros[1] else "all zeros in a")
         for name in LOWER:
             if self.rounded[name]:
-                return Diagnosis("rounded", f"b is a rounded to {name}")
+                yield Diagnosis("rounded", f"b is a rounded to {name}")
             if self.rounding[name]:
-                return Diagnosis("rounded", f"a is b rounded to {name}")
+                yield Diagnosis("rounded", f"a is b rounded to {name}")
         for shift, holds in self.shifts.items():
             if holds:
-                return Diagnosis("off_by_one", f"b is a {'plus' if shift > 0 else 'minus'} 1")
-        if self.differing == 1 and self.broken[0] == self.broken[1]:
-            return Diagnosis("one_element", f"one element: {self.first[0]:.9g} in a, {self.first[1]:.9g} in b")
-        if self.scaled and self.scale is not None and self.elements > 1:
-            if abs(self.scale - 1.0) <= self.tolerance:
-                return Diagnosis("rounding", "the same but for the last digits")
-            digits = 3 if self.tolerance > 1e-4 else 6
-            if f"{self.scale:.{digits}g}" == "-1":
-                return Diagnosis("negated", "b is a with the other sign")
-            return Diagnosis("scaled", f"b is a times {self.scale:.{digits}g}")
+                yield Diagnosis("off_by_one", f"b is a {'plus' if shift > 0 else 'minus'} 1")
         if self.broken[0] != self.broken[1]:
-            return Diagnosis("not_finite", f"NaN or infinite: {self.broken[0]} elements of a, {self.broken[1]} of b")
-        return None
+            yield Diagnosis("not_finite", f"NaN or infinite: {self.broken[0]} elements of a, {self.broken[1]} of b")
+        if self.differing == 1:
+            yield Diagnosis("one_element", f"one element: {self.first[0]:.9g} in a, {self.first[1]:.9g} in b")
+        if self.scaled and self.scale is not None and self.elements > 1:
+            yield self._scaling(self.scale)
+
+    def _scaling(self, scale: float) -> Diagnosis:
+        if abs(scale - 1.0) <= self.tolerance:
+            return Diagnosis("rounding", "the same but for the last digits")
+        shown = f"{scale:.{3 if self.tolerance > 1e-4 else 6}g}"
+        if shown == "-1":
+            return Diagnosis("negated", "b is a with the other sign")
+        return Diagnosis("scaled", f"b is a times {shown}")
 
     @property
     def size(self) -> str:

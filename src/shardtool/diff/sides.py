@@ -291,9 +291,7 @@ def _fitted(said: Described, numbers: Mapping[str, int], rules: Mapping[str, Rul
         if key in numbers:
             pieces += [replace(part, rule=numbers[key]) for part in _reduced(piece, good)]
     patterns = [re.compile(pattern) for pattern in said.ignored]
-    unknown = [
-        key[1] for key in said.headers if key not in known and not any(p.fullmatch(key[1]) for p in patterns)
-    ]
+    unknown = [key[1] for key in said.headers if key not in known and not any(p.fullmatch(key[1]) for p in patterns)]
     return Side(
         said,
         replace(full, rules=tuple(rules[key] for key in numbers), pieces=tuple(pieces)),
@@ -311,9 +309,7 @@ def _range(rule: Rule, axis: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
 def _rule_ids(piece: Piece, ids: Ids, rule: Rule, sizes: Mapping[str, int]) -> list[Ids]:
     """The ids of a rule that one stored tensor has a part of; an axis that is a dim of it counts whole."""
     fixed = {axis.axis: value for axis, value in zip(piece.names, ids, strict=True)}
-    return list(
-        product(*((fixed[axis],) if axis in fixed else _range(rule, axis, sizes) for axis in name_axes(rule)))
-    )
+    return list(product(*((fixed[axis],) if axis in fixed else _range(rule, axis, sizes) for axis in name_axes(rule))))
 
 
 def _reduced(piece: Piece, good: list[Ids]) -> list[Piece]:

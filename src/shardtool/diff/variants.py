@@ -73,7 +73,12 @@ def _arranged(
         said = ", ".join(names[k] if listed else f"part {k}" for k in order)
         if outer and all(isinstance(factor, str) for factor in outer):
             yield (*outer, Sum(mine)), order, code, f"in the order {said} within each group"
-        yield (Sum(tuple(outer + term for term in mine)),), order, code, f"one after the other: all {said.replace(', ', ', all ')}"
+        yield (
+            (Sum(tuple(outer + term for term in mine)),),
+            order,
+            code,
+            f"one after the other: all {said.replace(', ', ', all ')}",
+        )
         inner = _common_end(mine)
         if inner and all(isinstance(factor, str) for factor in inner):
             rows = (*outer, *inner, Sum(tuple(term[: len(term) - len(inner)] for term in mine)))
