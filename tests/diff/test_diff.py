@@ -131,6 +131,7 @@ def one_bit(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+NORM = "model.norm.weight"
 DOWN = LAYER.format(1) + "mlp.down_proj.weight"
 CHANGES: list[tuple[str, str, Callable[[State], None]]] = [
     ("gate_up_swapped", "llama", swap_all("gate_proj", "up_proj")),
@@ -144,7 +145,7 @@ CHANGES: list[tuple[str, str, Callable[[State], None]]] = [
     ("zeroed", "llama", each(LAYER.format(2) + "self_attn.o_proj", torch.zeros_like)),
     ("transposed", "llama", each(LAYER.format(2) + "self_attn.o_proj", torch.t)),
     ("one_element", "llama", each(DOWN, one_bit)),
-    ("moved", "llama", lambda state: state.update({"model.norm.weight": state[LAYER.format(0) + "input_layernorm.weight"].clone()})),
+    ("moved", "llama", lambda state: state.update({NORM: state[LAYER.format(0) + "input_layernorm.weight"].clone()})),
     ("vocabulary_rows_shifted", "llama", each("lm_head", lambda value: torch.cat([value[:100], value[99:119]]))),
     ("partly_zeroed", "llama", each("lm_head", lambda value: torch.cat([value[:100], torch.zeros(20, 64)]))),
     ("mlp_rows_reversed", "llama", each(DOWN, lambda value: value.flip(1))),

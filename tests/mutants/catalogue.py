@@ -17,9 +17,10 @@ Plant = Callable[[Path], None]
 class Mutant:
     """One fault: planted by `plant` in the model of configs/tiny, converted with these options.
 
-    `options` are hf2megatron's; "hf" stands for a conversion there and back, so that the fault is in a Hugging Face
-    directory. `silent`: no logits can show it, because the function is the same but for rounding, or because the logits
-    level runs no rank that has it. `diff` is the code that `shardtool diff` must give, where it can name the fault.
+    `options` are hf2megatron's. "hf" stands for a conversion there and back, so that the fault is in a Hugging Face
+    directory; "source" for a fault in what is converted, as a tool that reads it wrongly would have it. `silent`: no
+    logits can show it, because the function is the same but for rounding, or because the logits level runs no rank that
+    has it. `diff` is the code that `shardtool diff` must give, where it can name the fault.
     """
 
     name: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from catalogue import Mutant
-from planting import exchanged, in_args, in_tensors
+from planting import State, exchanged, in_args, in_directory, in_tensors
 
 HEADS, NOPE, ROPE = 8, 16, 8
 HALVES = torch.cat([torch.arange(NOPE), NOPE + torch.arange(ROPE).reshape(-1, 2).t().flatten()])
@@ -38,6 +38,25 @@ def keys_before_values(value: torch.Tensor) -> torch.Tensor:
     return value.unflatten(0, (HEADS, 2, NOPE)).transpose(0, 1).flatten(0, 2)
 
 
+def scales(change):
+    """A fault in the block scales of FP8 matrices."""
+
+    def apply(state: State) -> None:
+        for name in [name for name in state if name.endswith("_scale_inv")]:
+            state[name] = change(state[name])
+
+    return in_directory(apply)
+
+
+def transposed(value: torch.Tensor) -> torch.Tensor:
+    """Block (i, j) has the scale of block (j, i), where there is one."""
+    size = min(value.shape)
+    result = value.clone()
+    result[:size, :size] = value[:size, :size].t()
+    return result
+
+
+FP8 = ("source", "--format", "torch", "--dtype", "fp32")
 KV_UP = "linear_kv_up_proj.layer_norm_weight"
 
 # fmt: off
@@ -56,5 +75,10 @@ MUTANTS = tuple(Mutant(name, "MLA", model, plant, options, **more) for name, mod
     ("expert groups dropped", "deepseek_v3", (), in_args(moe_router_num_groups=None, moe_router_group_topk=None), {}),
     ("sigmoid scores for softmax scores", "deepseek_v2_lite", (), in_args(moe_router_score_function="sigmoid"), {}),
     ("another scaling factor of the experts", "moonlight", (), in_args(moe_router_topk_scaling_factor=2.0), {}),
+    ("FP8 block scales transposed", "deepseek_v3_fp8", FP8, scales(transposed), {"seen": "block-FP8 loaders"}),
+    ("FP8 block scales in reverse order", "deepseek_v3_fp8", FP8, scales(lambda value: value.flip(0)), {}),
+    ("FP8 block scales dropped", "deepseek_v3_fp8", FP8, scales(torch.ones_like), {"seen": "MB #3778"}),
+    ("FP8 block scales divided by, not multiplied", "deepseek_v3_fp8", FP8, scales(torch.reciprocal), {}),
+    ("FP8 block scales rounded to bf16", "deepseek_v3_fp8", FP8, scales(lambda value: value.bfloat16().float()), {"seen": "slime"}),
     ("the halves of an MTP projection swapped", "deepseek_v3_mtp", (), in_tensors("eh_proj.weight", lambda value: torch.cat(value.chunk(2, 1)[::-1], 1)), {"silent": True, "seen": "MiMo"}),
 ])

@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from builds import with_multi_token_prediction  # noqa: E402
+from builds import quantise, with_multi_token_prediction  # noqa: E402
 from catalogue import Mutant, all_mutants  # noqa: E402
 from commands import done  # noqa: E402
 from shardtool import tiny  # noqa: E402
@@ -41,10 +41,12 @@ class Workshop:
         self._build = build
 
     def model(self, name: str, dtype: str = "float32") -> Path:
-        """The Hugging Face directory of a tiny model; `_mtp` is the model with its MTP layer."""
-        if self._build is not None and dtype == "float32" and not name.endswith("_mtp"):
+        """The Hugging Face directory of a tiny model; `_mtp`: with its MTP layer, `_fp8`: with linears in FP8."""
+        if self._build is not None and dtype == "float32" and not name.endswith(("_mtp", "_fp8")):
             return self._build(name)
         out = self.root / f"{name}-{dtype}"
+        if not out.exists() and name.endswith("_fp8"):
+            return quantise(self.model(name.removesuffix("_fp8")), out)
         if not out.exists():
             tiny.build(CONFIGS / f"{name.removesuffix('_mtp')}.json", out, dtype=dtype)
             if name.endswith("_mtp"):
@@ -67,6 +69,13 @@ class Workshop:
         """A copy of the right conversion with the fault in it."""
         out = self.root / "wrong"
         shutil.rmtree(out, ignore_errors=True)
+        if mutant.options[:1] == ("source",):
+            source = self.root / "source"
+            shutil.rmtree(source, ignore_errors=True)
+            shutil.copytree(self.model(mutant.model), source)
+            mutant.plant(source)
+            done("hf2megatron", source, out, "-q", *mutant.options[1:])
+            return out
         shutil.copytree(self.right(mutant.model, mutant.options), out)
         mutant.plant(out)
         return out
