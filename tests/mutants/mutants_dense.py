@@ -226,6 +226,7 @@ MUTANTS = tuple(Mutant(name, "dense GQA", model, plant, options, **more) for nam
     ("one flipped bit, of the exponent, in one weight", "llama", (), in_tensors(LAYER.format(2) + "mlp.linear_fc2.weight", flipped(24)), {"diff": "one_element"}),
     ("one flipped bit, the last of the mantissa", "llama", (), in_tensors(LAYER.format(2) + "mlp.linear_fc2.weight", flipped(0)), {"diff": "one_element", "silent": True}),
     ("one matrix scaled by 1.01", "llama", (), in_tensors(L2 + "linear_proj.weight", lambda value: value * 1.01), {"diff": "scaled"}),
+    ("the head's rows normalised", "llama", (), in_tensors("output_layer.weight", lambda value: value / value.norm(dim=1, keepdim=True).clamp_min(1e-9)), {"seen": "NormHead of Baichuan 2, applied or forgotten"}),
     ("norm weights minus one", "llama", (), in_tensors("layer_norm_weight", lambda value: value - 1), {"diff": "off_by_one", "seen": "Gemma and Nemotron: gamma without +1"}),
     ("rope base 1e4 for 1e6", "qwen2", (), in_args(rotary_base=10000), {"seen": "MB #3077"}),
     ("epsilon 1e-5 for 1e-6", "qwen2", (), in_args(norm_epsilon=1e-5), {}),

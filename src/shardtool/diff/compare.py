@@ -18,7 +18,7 @@ from shardtool.execute.engine import Progress
 from shardtool.families.family import TRAINING_ONLY, describe_differences
 from shardtool.formats.stored import ITEMSIZE
 from shardtool.layout.equation import Tensor
-from shardtool.layout.layout import Layout
+from shardtool.layout.layout import Layout, Piece
 from shardtool.layout.rules import LAYER, Rule
 from shardtool.plan.plan import common
 
@@ -134,21 +134,16 @@ def _other_shape(pair: Pair, side: Side, key: str, items: Sequence[Wrong]) -> Di
         return None
     number = pair.keys.index(key)
     dims = side.layout.rules[number].target.dims
-    tries = []
+    tries: list[tuple[str, dict[str, int]]] = []
     if all(item.found == item.expected[::-1] and len(item.found) == 2 for item in items):
-        tries.append((lambda piece: replace(piece, dims=Tensor(piece.dims.dims[::-1])), {}, "transposed"))
+        tries.append(("transposed", {}))
     rows = {item.found[0] for item in items}
     if dims[0] == ("v",) and len(rows) == 1 and all(item.found[1:] == item.expected[1:] for item in items):
-        tries.append((lambda piece: piece, {"v": rows.pop()}, "padded_rows"))
+        tries.append(("padded_rows", {"v": rows.pop()}))
     dtype = side.said.headers[items[0].key].dtype
-    for change, allocated, code in tries:
+    for code, allocated in tries:
         kept = [piece for piece in side.layout.pieces if piece.rule == number and not piece.replica]
-        mended = [
-            replace(change(item.piece), rule=number, names=tuple(
-                replace(axis, ids=(value,)) for axis, value in zip(item.piece.names, item.ids, strict=True)
-            ))
-            for item in items if not item.piece.replica
-        ]  # fmt: skip
+        mended = [_mended(item, number, turned=code == "transposed") for item in items if not item.piece.replica]
         layout = replace(side.layout, pieces=tuple(kept + mended), allocated={**side.layout.allocated, **allocated})
         if layout.sizes.get("v", 0) > layout.allocated.get("v", 0):
             continue
@@ -160,6 +155,13 @@ def _other_shape(pair: Pair, side: Side, key: str, items: Sequence[Wrong]) -> Di
             text = "transposed, with the same values" if code == "transposed" else f"{more} rows of padding"
             return Diagnosis(code, text)
     return None
+
+
+def _mended(item: Wrong, number: int, *, turned: bool) -> Piece:
+    """The piece of one tensor of a wrong shape, as it is there."""
+    names = tuple(replace(axis, ids=(value,)) for axis, value in zip(item.piece.names, item.ids, strict=True))
+    dims = Tensor(item.piece.dims.dims[::-1]) if turned else item.piece.dims
+    return replace(item.piece, rule=number, names=names, dims=dims)
 
 
 def _transposed(pair: Pair, key: str) -> tuple[Diagnosis, ...]:

@@ -56,7 +56,7 @@ class Diagnosing:
         for attempt in (self._zeros, self._moved, self._permuted):
             found |= attempt(number, ours, theirs, left)
             left = [place for place in left if place not in found]
-        details = []
+        details: list[str] = []
         if left:
             explained, details = self._related(number, dtypes, left)
             found |= explained

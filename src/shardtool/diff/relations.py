@@ -13,7 +13,8 @@ from shardtool.diff.permutations import Diagnosis
 from shardtool.diff.prints import Locate, complete, probe_tasks, probing
 from shardtool.diff.sides import Ids
 from shardtool.execute.engine import Task, assemble
-from shardtool.execute.tiles import Workspace, numpy_dtype
+from shardtool.execute.numbers import numpy_dtype
+from shardtool.execute.tiles import Workspace
 from shardtool.layout.equation import Tensor, component_axes
 from shardtool.layout.layout import Layout
 
