@@ -83,6 +83,8 @@ def test_directories_of_an_unknown_architecture_go_by_name(tiny_model: TinyModel
     result = compared(model, other)
     assert codes(result) == {"values": ["scaled"]}
     assert result.json["findings"][0]["b"] == ["model.layers.2.mlp.up_proj.weight"]
+    fewer = edited(other, tmp_path / "c", drop(LAYER.format(1)))
+    assert codes(compared(model, fewer)) == {"missing": [], "values": ["scaled"]}
 
 
 def test_other_configs_are_a_note(tiny_model: TinyModel, tmp_path: Path) -> None:

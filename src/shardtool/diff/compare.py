@@ -289,16 +289,16 @@ def _of_rule(
     values: Finding | None = None
     if differences:
         found = diagnosing.rule(number, (dtypes[0][0], dtypes[1][0]))
-        places = list(found.places)
-        if not places and differ:  # equal in the narrower dtype, which is a's
-            said = (Diagnosis("rounded", f"a is b rounded to {dtypes[0][0]}"),)
-        else:
-            ids, parts = sorted({ids for _, ids in places}) or None, {component for component, _ in places}
+        if found.places or not found.complete:
+            ids = sorted({ids for _, ids in found.places}) or None
+            parts = {component for component, _ in found.places}
             names = [_spelled(side, side.layout.rules[number], ids, parts) for side in (pair.a, pair.b)]
-            total = sum(item.total for item in differences)
-            bad = sum(item.elements for item in differences)
+            total, bad = sum(item.total for item in differences), sum(item.elements for item in differences)
             texts = tuple(_grouped(rule, found.places))
             values = Finding("values", names[0], names[1], texts, "; ".join(found.details), total, bad)
+        elif differ:  # equal in the narrower dtype, which is a's
+            said = (Diagnosis("rounded", f"a is b rounded to {dtypes[0][0]}"),)
+        # else the stored numbers differ by what a factor between the two is rounded to, and the components do not
     if differ:
         names = [_spelled(side, side.layout.rules[number], None) for side in (pair.a, pair.b)]
         yield Finding("dtype", names[0], names[1], said, f"{', '.join(dtypes[0])} in a, {', '.join(dtypes[1])} in b")

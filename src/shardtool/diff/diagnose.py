@@ -31,9 +31,13 @@ PARTS = {3: ("query", "key", "value"), 2: ("gate", "up")}
 
 @dataclass(frozen=True)
 class Found:
-    """What a rule's differing components are diagnosed as; None where nothing that is known explains it."""
+    """What a rule's differing components are diagnosed as; None where nothing that is known explains it.
+
+    `complete`: both sides have every component whole, so that what is not among the places is equal.
+    """
 
     places: Mapping[Place, Diagnosis | None]
+    complete: bool
     details: tuple[str, ...] = ()
 
 
@@ -68,7 +72,8 @@ class Diagnosing:
         found |= self._confined(ours, theirs, left)
         left = [place for place in left if place not in found]
         found |= self._elsewhere(number, theirs, dtype, left)
-        return Found({place: found.get(place) for place in differing}, tuple(details))
+        complete = ours.keys() == theirs.keys() and bool(ours)
+        return Found({place: found.get(place) for place in differing}, complete, tuple(details))
 
     @staticmethod
     def _zeros(

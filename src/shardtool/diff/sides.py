@@ -7,6 +7,7 @@ left can be compared component by component, whatever the formats, layouts and n
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -44,7 +45,7 @@ class Wrong:
 
 
 @dataclass(frozen=True)
-class Described:
+class Stated:
     """What a checkpoint says it is: its rules by Megatron key, and where their components should lie.
 
     `wrong` are whole tensors of another shape than the model's (torch_dist): expected and found, by the rule's key.
@@ -72,7 +73,7 @@ class Side:
     `unknown` are names that no rule of this side has.
     """
 
-    said: Described
+    said: Stated
     layout: Layout
     rules: Mapping[str, Rule]
     held: Mapping[str, frozenset[Ids]]
@@ -125,25 +126,25 @@ def _family(path: Path) -> Family | None:
         return None
 
 
-def _huggingface(path: Path) -> Described:
+def _huggingface(path: Path) -> Stated:
     said = describe_huggingface(path)
     a = said.architecture
-    return Described(
+    return Stated(
         path, f"Hugging Face {said.family.model_type}", a, said.family, Mesh(), a.vocab_size, a.vocab_size,
         said.layout(), said.headers(), said.locate, said.family.ignored,
     )  # fmt: skip
 
 
-def _plain(path: Path) -> Described:
+def _plain(path: Path) -> Stated:
     """A directory whose architecture is not known: every tensor is a rule of its own."""
     config, stored = read_config(path), read_tensors(path)
     headers: dict[Key, Header] = {("", name, ()): Header(item.shape, item.dtype) for name, item in stored.items()}
     layout = plain_layout(headers)
     label = f"Hugging Face {config.get('model_type')}, by name"
-    return Described(path, label, None, None, Mesh(), 0, 0, layout, headers, lambda key: stored[key[1]])
+    return Stated(path, label, None, None, Mesh(), 0, 0, layout, headers, lambda key: stored[key[1]])
 
 
-def _megatron(path: Path, family: Family | None) -> Described:
+def _megatron(path: Path, family: Family | None) -> Stated:
     source = read_megatron(path)
     a = structure(source)
     known = bool(source.args.get("vocab_size"))
@@ -153,7 +154,7 @@ def _megatron(path: Path, family: Family | None) -> Described:
         rules[number].megatron: (name, expected, found)
         for name, (number, expected, found) in source.wrong_global_shapes(rules, a).items()
     }
-    return Described(
+    return Stated(
         path, _label(source), a, family, source.mesh, a.vocab_size if known else None, source.padded_vocab,
         layout, source.headers, source.locate, IGNORED, wrong,
     )  # fmt: skip
@@ -175,13 +176,13 @@ def _label(source: Megatron) -> str:
     return f"Megatron torch, {sizes}" + (f" ep {mesh.ep}" if mesh.ep > 1 else "")
 
 
-def plain_layout(headers: Mapping[Key, Header], first: int = 0) -> Layout:
+def plain_layout(headers: Mapping[Key, Header]) -> Layout:
     """A rule for every tensor: its name, and axes that are its alone."""
     rules: list[Rule] = []
     pieces: list[Piece] = []
     sizes: dict[str, int] = {}
     for number, ((_, name, _), header) in enumerate(sorted(headers.items())):
-        axes = tuple(f"t{first + number}_{dim}" for dim in range(len(header.shape)))
+        axes = tuple(f"t{zlib.crc32(name.encode()):08x}_{dim}" for dim in range(len(header.shape)))
         dims = Tensor(tuple((axis,) for axis in axes))
         sizes |= dict(zip(axes, header.shape, strict=True))
         rules.append(Rule((name,), Equation((dims,), (dims,), " ".join(axes)), _literal(name)))
@@ -193,7 +194,7 @@ def _literal(name: str) -> str:
     return re.sub(r"[{}]", "_", name)  # braces mark axes in names of rules
 
 
-def _pair(a: Described, b: Described, *, named: bool) -> Pair:
+def _pair(a: Stated, b: Stated, *, named: bool) -> Pair:
     vocab = _vocabularies(a, b)
     if named and a.family is not None:
         a, b = _with_unknown(a, b)
@@ -211,7 +212,7 @@ def _pair(a: Described, b: Described, *, named: bool) -> Pair:
     return Pair(sides[0], sides[1], tuple(keys), tuple(unlike), vocab)
 
 
-def _vocabularies(a: Described, b: Described) -> tuple[int, int]:
+def _vocabularies(a: Stated, b: Stated) -> tuple[int, int]:
     """The logical rows of each side; a side that does not know takes the other's, as far as it has them."""
     if a.vocab_size is None and b.vocab_size is None:
         smaller = min(a.padded_vocab, b.padded_vocab)
@@ -223,7 +224,7 @@ def _vocabularies(a: Described, b: Described) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def _with_unknown(a: Described, b: Described) -> tuple[Described, Described]:
+def _with_unknown(a: Stated, b: Stated) -> tuple[Stated, Stated]:
     """Two directories: names that neither family knows and both have are compared by name."""
     extra = []
     for said in (a, b):
@@ -238,7 +239,7 @@ def _with_unknown(a: Described, b: Described) -> tuple[Described, Described]:
     return tuple(_extended(said, both) for said in (a, b))  # type: ignore[return-value]
 
 
-def _extended(said: Described, keys: list[Key]) -> Described:
+def _extended(said: Stated, keys: list[Key]) -> Stated:
     added, count = plain_layout({key: said.headers[key] for key in keys}), len(said.layout.rules)
     layout = replace(
         said.layout,
@@ -265,7 +266,7 @@ def _unlike(key: str, a: Rule, b: Rule, ours: Mapping[str, int], theirs: Mapping
     return Unlike(key, shapes[0], shapes[1])
 
 
-def _fitted(said: Described, numbers: Mapping[str, int], rules: Mapping[str, Rule], vocab: int) -> Side:
+def _fitted(said: Stated, numbers: Mapping[str, int], rules: Mapping[str, Rule], vocab: int) -> Side:
     """The side's layout over the common rules, without what is not there."""
     sizes = {**said.layout.sizes, "v": vocab}
     full = replace(said.layout, sizes=sizes, allocated={"v": said.padded_vocab} if said.padded_vocab else {})
