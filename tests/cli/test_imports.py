@@ -90,6 +90,10 @@ def test_inspect(imported: Imported, tiny_model: TinyModel, megatron: Megatron, 
         assert not imported("args", checkpoint) & HEAVY
 
 
+def test_diff(imported: Imported, tiny_model: TinyModel, megatron: Megatron) -> None:
+    assert not imported("diff", tiny_model("llama"), megatron("llama", "torch", "te", 2, 1)) & HEAVY
+
+
 @pytest.mark.parametrize("form", ["torch", "torch_dist"])
 def test_conversions(form: str, imported: Imported, tiny_model: TinyModel, tmp_path: Path) -> None:
     model, a, b = tiny_model("qwen2_tied"), tmp_path / "a", tmp_path / "b"

@@ -10,25 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from builds import FP8_BLOCK as BLOCK
+from builds import FP8_LAST as LAST
+from builds import quantised
 from commands import command, convert, done
 from shardtool import tiny
-
-LAST = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# rows and columns of a block: both are cut by tensor parallel edges and are ragged at the ends
-BLOCK = (20, 28)
-
-
-def quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(FP8 matrix, inverse scales), block by block."""
-    rows, columns = BLOCK
-    scales = torch.zeros(-(-weight.shape[0] // rows), -(-weight.shape[1] // columns))
-    matrix = torch.zeros(weight.shape, dtype=torch.float8_e4m3fn)
-    for i in range(scales.shape[0]):
-        for j in range(scales.shape[1]):
-            at = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
-            scales[i, j] = weight[at].abs().max() / 448
-            matrix[at] = (weight[at] / scales[i, j]).to(torch.float8_e4m3fn)
-    return matrix, scales
 
 
 def dequantised(matrix: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

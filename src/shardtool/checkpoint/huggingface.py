@@ -15,6 +15,7 @@ from shardtool.checkpoint.opened import Header, Opened, account
 from shardtool.checkpoint.quantised import dequantised
 from shardtool.checkpoint.target import Target, TargetTensor
 from shardtool.errors import CheckpointError, UsageError
+from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import axis_sizes
 from shardtool.families.family import Family
 from shardtool.families.registry import family_of
@@ -22,7 +23,7 @@ from shardtool.formats import hf_bin, safetensors_files
 from shardtool.formats.hf_index import strict_json
 from shardtool.formats.stored import ITEMSIZE, Skeleton, Stored
 from shardtool.layout.huggingface import huggingface_layout
-from shardtool.layout.layout import Key
+from shardtool.layout.layout import Key, Layout
 
 CONFIG = "config.json"
 # what travels with the weights: tokenizer, chat template, generation settings
@@ -53,11 +54,33 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def open_huggingface(path: Path) -> HuggingFace:
-    """Open a directory: read headers, choose the family, account for every tensor. No payload is read.
+@dataclass(frozen=True)
+class Described:
+    """What a Hugging Face directory says it is, beside the tensors that it has: the two may not fit each other."""
 
-    Raises UsageError for an unknown architecture or one that cannot be converted, CheckpointError where the tensors
-    are not those of the model.
+    config: Mapping[str, Any]
+    family: Family
+    architecture: Architecture
+    stored: Mapping[str, Stored]
+
+    def layout(self) -> Layout:
+        """Where the components of its model live, in the tensors that are there."""
+        a = self.architecture
+        return huggingface_layout(self.family.rules(a), axis_sizes(a), present=self.stored.keys())
+
+    def headers(self) -> dict[Key, Header]:
+        """Shapes and dtypes of the tensors that are there."""
+        return {("", name, ()): Header(item.shape, item.dtype) for name, item in self.stored.items()}
+
+    def locate(self, key: Key) -> Stored:
+        """A tensor's payload."""
+        return self.stored[key[1]]
+
+
+def describe_huggingface(path: Path) -> Described:
+    """Read config and headers and choose the family; whether the tensors are those of the model is not asked.
+
+    Raises UsageError for an unknown architecture or one that cannot be converted.
     """
     config = read_config(path)
     family = family_of(config)
@@ -66,22 +89,34 @@ def open_huggingface(path: Path) -> HuggingFace:
     mtp = family.mtp_prefix.format(n=architecture.num_layers)
     if architecture.mtp_layers and not any(name.startswith(mtp) for name in stored):
         architecture = replace(architecture, mtp_layers=0)  # transformers writes the count, never the layers
-    rules = family.rules(architecture)
-    layout = huggingface_layout(rules, axis_sizes(architecture), present=stored.keys())
-    found: dict[Key, Header] = {("", name, ()): Header(item.shape, item.dtype) for name, item in stored.items()}
-    ignored = account(layout, found, str(path), family.ignored)
+    return Described(config, family, architecture, stored)
+
+
+def open_huggingface(path: Path) -> HuggingFace:
+    """Open a directory: read headers, choose the family, account for every tensor. No payload is read.
+
+    Raises UsageError for an unknown architecture or one that cannot be converted, CheckpointError where the tensors
+    are not those of the model.
+    """
+    said = describe_huggingface(path)
+    layout, found = said.layout(), said.headers()
+    ignored = account(layout, found, str(path), said.family.ignored)
     headers = {key: found[key] for key, _ in layout.tensors()}
-    opened = Opened(path, architecture, layout, headers, lambda key: stored[key[1]], ignored)
-    return HuggingFace(config, family, opened)
+    opened = Opened(path, said.architecture, layout, headers, said.locate, ignored)
+    return HuggingFace(said.config, said.family, opened)
+
+
+def read_tensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a directory by their names on disk, headers alone."""
+    names = (safetensors_files.WEIGHTS, safetensors_files.INDEX)
+    if any((path / name).exists() for name in names):
+        return safetensors_files.read_checkpoint(path)
+    return hf_bin.read_checkpoint(path)
 
 
 def _stored(path: Path, family: Family) -> dict[str, Stored]:
     """The tensors by their full name; a prefix that old files leave out is put back."""
-    names = (safetensors_files.WEIGHTS, safetensors_files.INDEX)
-    if any((path / name).exists() for name in names):
-        stored = safetensors_files.read_checkpoint(path)
-    else:
-        stored = hf_bin.read_checkpoint(path)
+    stored = read_tensors(path)
     if family.prefix and not any(name.startswith(family.prefix) for name in stored):
         return {name if name == "lm_head.weight" else family.prefix + name: item for name, item in stored.items()}
     return stored

@@ -103,9 +103,27 @@ class Megatron:
 
     def _check_global_shapes(self, rules: tuple[Rule, ...], a: Architecture) -> None:
         """torch_dist: the whole tensors have the shapes of the model; chunks alone could hide a missing layer."""
+        wrong = self.wrong_global_shapes(rules, a)
+        if wrong:
+            raise CheckpointError(
+                f"the tensors are not those of the model: {len(wrong)} of a wrong shape",
+                where=str(self.save.directory),
+                details=tuple(
+                    fold(
+                        f"wrong shape: {name}: expected {list(expected)}, found {list(found)}"
+                        for name, (_, expected, found) in wrong.items()
+                    )
+                ),
+                hint="compare the checkpoint's args with its tensors: `shardtool inspect` shows both",
+            )
+
+    def wrong_global_shapes(
+        self, rules: tuple[Rule, ...], a: Architecture
+    ) -> dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]]:
+        """torch_dist: the number of the rule, the expected and the found shape of each whole tensor where they differ."""
         sizes = {**axis_sizes(a), "v": self.padded_vocab}
-        wrong = []
-        for rule, part in [(each, part) for each in rules for part in each.parts]:
+        wrong = {}
+        for number, rule, part in [(at, each, part) for at, each in enumerate(rules) for part in each.parts]:
             shape = (*((sizes["e"],) if rule.per_expert else ()), *part.tensor.shape(sizes))
             wanted = {}
             for base in (rule.megatron, *rule.dist_aliases, *(key for key, _ in rule.derived)):
@@ -119,14 +137,8 @@ class Megatron:
             for name, expected in wanted.items():
                 found = self.global_shapes.get(name, expected)
                 if found != expected:
-                    wrong.append(f"wrong shape: {name}: expected {list(expected)}, found {list(found)}")
-        if wrong:
-            raise CheckpointError(
-                f"the tensors are not those of the model: {len(wrong)} of a wrong shape",
-                where=str(self.save.directory),
-                details=tuple(fold(wrong)),
-                hint="compare the checkpoint's args with its tensors: `shardtool inspect` shows both",
-            )
+                    wrong[name] = (number, expected, found)
+        return wrong
 
 
 def read_megatron(path: Path) -> Megatron:

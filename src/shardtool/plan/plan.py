@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
@@ -214,6 +214,18 @@ def _components(layout: Layout, piece: Piece) -> tuple[int, ...]:
     """The rule's component numbers that a piece holds, in the order of the piece."""
     found = layout.rules[piece.rule].equation.components(layout.side, piece.tensor)
     return found[piece.first : piece.first + piece.dims.components]
+
+
+def common(src: Layout, dst: Layout, order: Mapping[int, Sequence[int]] | None = None) -> Plan:
+    """The copies between what both layouts hold, whether or not that is everything: nothing is checked.
+
+    `order` renames components of the target: component k of rule r is the source's component `order[r][k]`.
+    """
+    targets = _views_by_rule(dst, dst.pieces)
+    for number, names in (order or {}).items():
+        targets[number] = [item._replace(component=names[item.component]) for item in targets.get(number, ())]
+    sources = _views_by_rule(src, [piece for piece in src.pieces if not piece.replica])
+    return Plan(src, dst, tuple(_copies(sources, targets)), (), ())
 
 
 def _geometry(layout: Layout, piece: Piece, local: int) -> Geometry:

@@ -22,6 +22,8 @@ from shardtool.verify.report import LogitsReport
 from shardtool.verify.sides import HuggingFaceSide, MegatronSide, Side
 
 if TYPE_CHECKING:
+    import torch
+
     from shardtool.verify.huggingface import Attention
     from shardtool.verify.outputs import Outputs
 
@@ -32,10 +34,11 @@ TORCH_NAMES: dict[str, workers.Dtype] = {"fp32": "float32", "bf16": "bfloat16", 
 # Right conversions measure 2e-6 to 3e-6 on models of 4 layers and 1.2e-5 on one of 30 (SmolLM2-135M; its eager against
 # its sdpa attention: 1.0e-5). The smallest fault measured is the erf gelu in place of the tanh one on 4 layers: 9.3e-4.
 FP32_THRESHOLD = 1e-4
-NOISE_MULTIPLE = 3.0
-# Wrong layouts measure 0.1 and more. A dtype whose noise is near that decides nothing: in a random model of experts the
-# rounding of bf16 sends tokens to other experts, and the noise alone measures 0.1 to 3.
-LARGEST_THRESHOLD = 0.5
+# Of both sides' roundings together. 1 would do where the weights are the same numbers; a conversion that folds a factor
+# into a weight (Gemma's embedding, Granite's residuals) rounds the product once more.
+ROUNDINGS = 1.5
+# Wrong layouts measure 0.1 and more. A dtype whose rounding is near that at most positions decides nothing.
+LARGEST_BOUND = 0.5
 
 
 def compare_logits(
@@ -58,11 +61,11 @@ def compare_logits(
     conversions measure and what the smallest faults do (see FP32_THRESHOLD); wrong layouts measure 0.1 and more.
 
     bf16, fp16, or native (the stored dtype of a Hugging Face side's config, else of a's embedding): both sides compute
-    in that dtype. Two right implementations then differ by rounding, by how much depends on the model. So the noise of
-    harmless changes of the same model is measured: a in the dtype against a in fp32, and where a is a Hugging Face
-    side also eager against sdpa attention in the dtype. The threshold is 3 times the larger of these. That is weaker
-    than fp32: a change smaller than the rounding noise passes. Noise near what wrong layouts measure is a problem in
-    the report: nothing can be told then.
+    in that dtype, and each also in fp32. What the dtype changes on a side is that side's rounding, at each position by
+    itself. Two right implementations cannot be farther apart at a position than both roundings and FP32_THRESHOLD
+    together, so ROUNDINGS times that is the threshold there: a right conversion is never refused, also where rounding
+    sends tokens to other experts. It is weaker than fp32: a change smaller than the rounding passes. Rounding near what
+    wrong layouts measure, at half of the positions or more, is a problem in the report: nothing can be told then.
 
     A side that cannot be loaded whole (missing or unexpected tensors, a missing file) is a problem in the report, which
     then does not pass. Raises UsageError when the request makes no sense or megatron-core cannot express the model.
@@ -97,29 +100,38 @@ def compare_logits(
     if problems:
         return replace(report, problems=tuple(problems))
     vocab_size = _common_vocab(a, b, problems)
+    report = replace(report, coverage=(*prompts.coverage, *_experts(outputs)))
+    bounds = None
     if threshold is None and name != "fp32":
-        noise = _noise(a, outputs[0], runs, name, vocab_size)
-        report = replace(
-            report,
-            threshold=NOISE_MULTIPLE * noise,
-            threshold_from=f"{NOISE_MULTIPLE:g} x {noise:.1e}, the {name} noise of a",
-        )
-        if not (math.isfinite(noise) and noise > 0):
-            problems.append(f"the {name} noise of a cannot be measured: it is {noise}")
-        elif report.threshold > LARGEST_THRESHOLD:
+        bounds = _bounds((a, b), outputs, runs, vocab_size)
+        typical = float(bounds.median() / outputs[0].logits[:, :vocab_size].std())
+        if not math.isfinite(typical):
+            problems.append(f"the {name} rounding cannot be measured: it is {typical}")
+        elif typical > LARGEST_BOUND:
             problems.append(
-                f"the {name} noise of a is {noise:.2g}, which a wrong conversion could hide in: compare in fp32"
+                f"the {name} rounding of a and b is {typical:.2g} at most positions, which a wrong conversion could hide"
+                " in: compare in fp32"
             )
-    return _judged(report, outputs, prompts, vocab_size, problems)
+    return _judged(report, outputs, prompts, vocab_size, problems, bounds)
 
 
 def _judged(
-    report: LogitsReport, outputs: list[Outputs], prompts: PromptSet, vocab_size: int, problems: list[str]
+    report: LogitsReport,
+    outputs: list[Outputs],
+    prompts: PromptSet,
+    vocab_size: int,
+    problems: list[str],
+    bounds: torch.Tensor | None,
 ) -> LogitsReport:
     from shardtool.verify.metrics import distance, first_diverging  # noqa: PLC0415 - heavy
 
-    found, wrong = distance(outputs[0], outputs[1], prompts.prompts, vocab_size)
-    diverging = first_diverging(found.layers, report.threshold)
+    found, wrong = distance(outputs[0], outputs[1], prompts.prompts, vocab_size, bounds)
+    if bounds is not None:
+        threshold = found.bound / found.std if found.std > 0 else math.nan
+        report = replace(report, threshold=threshold, threshold_from=f"the {report.dtype} rounding of a and b there")
+    diverging = None
+    if bounds is None or not found.ratio <= report.threshold:  # rounding alone shows in hidden states, too
+        diverging = first_diverging(found.layers, report.threshold)
     if diverging is None and not found.ratio <= report.threshold:
         diverging = "output layer" if found.layers else "unknown: the sides have different layers"
     return replace(report, measured=found, first_diverging=diverging, problems=(*problems, *wrong))
@@ -175,17 +187,26 @@ def _run(side: Side, prompts: PromptSet, dtype: workers.Dtype, attention: Attent
         workers.get_pool(side.mesh.tp).run(job, timeout)
         # mapped, not read: the pages stay valid after the file's name is gone
         found = torch.load(output, mmap=True, weights_only=True)
-    return Outputs(found["logits"], found["hidden"])
+    return Outputs(found["logits"], found["hidden"], found["experts"] if found["experts"].numel() else None)
 
 
-def _noise(side: Side, outputs: Outputs, runs: _Runs, name: str, vocab_size: int) -> float:
-    """The largest distance that a harmless change of one side makes (see compare_logits)."""
-    from shardtool.verify.metrics import distance  # noqa: PLC0415 - heavy
+def _experts(outputs: list[Outputs]) -> tuple[str, ...]:
+    """Which experts the prompts reach, where a side can tell."""
+    used = next((found.experts for found in outputs if found.experts is not None), None)
+    if used is None:
+        return ()
+    count, total = int(used.sum()), used.numel()
+    return (f"{count} of {total} experts ({used.shape[1]} in each of {used.shape[0]} layers)",)
 
-    others = [runs.run("a in fp32", side, "fp32")]
-    if isinstance(side, HuggingFaceSide):
-        others.append(runs.run("a with sdpa", side, name, "sdpa"))
-    return max(distance(outputs, other, runs.prompts.prompts, vocab_size)[0].ratio for other in others)
+
+def _bounds(sides: tuple[Side, Side], outputs: list[Outputs], runs: _Runs, vocab_size: int) -> torch.Tensor:
+    """How far apart the logits of each position may be: the roundings of both sides, and what fp32 may differ by."""
+    from shardtool.verify.metrics import row_gaps  # noqa: PLC0415 - heavy
+
+    total = FP32_THRESHOLD * outputs[0].logits[:, :vocab_size].std()
+    for label, side, found in zip("ab", sides, outputs, strict=True):
+        total = total + ROUNDINGS * row_gaps(found, runs.run(f"{label} in fp32", side, "fp32"), vocab_size)
+    return total
 
 
 def _config(side: HuggingFaceSide) -> dict[str, Any]:
@@ -204,7 +225,7 @@ def limits(side: Side) -> Limits:
     if isinstance(side, MegatronSide):
         arch = side.architecture
         scaling = arch.rope.scaling if arch.rope is not None else None
-        original = scaling.original_max_positions if scaling is not None and scaling.kind == "llama3" else None
+        original = scaling.original_max_positions if scaling is not None and scaling.kind != "linear" else None
         return Limits(arch.vocab_size, arch.max_positions, arch.window, original)
     config = _config(side)
     positions = config.get("max_position_embeddings", config.get("n_positions"))

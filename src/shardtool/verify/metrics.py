@@ -21,18 +21,25 @@ class _Sums:
     rows: int = 0
     total: float = 0.0
     square: float = 0.0
-    max_abs: float = -1.0
+    decisive: float = -1.0  # the largest gap, in units of the row's bound where there are bounds
+    max_abs: float = -1.0  # the gap there
+    bound: float = math.nan
+    largest: float = 0.0
     worst: tuple[int, int] = (0, 0)  # row, token
     kl_max: float = -math.inf
     kl_sum: float = 0.0
     same_top: int = 0
 
-    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Take in the next rows of both sides, fp64 [rows, vocabulary]."""
-        gap = (a - b).abs()
-        if (largest := float(gap.max())) > self.max_abs:
-            row, token = divmod(int(gap.argmax()), gap.shape[1])
-            self.max_abs, self.worst = largest, (self.rows + row, token)
+    def add(self, a: torch.Tensor, b: torch.Tensor, bounds: torch.Tensor | None) -> None:
+        """Take in the next rows of both sides, fp64 [rows, vocabulary]; `bounds` [rows] is how far apart each may be."""
+        gaps, tokens = (a - b).abs().max(dim=1)
+        weights = gaps if bounds is None else gaps / bounds
+        row = int(weights.argmax())
+        if float(weights[row]) > self.decisive:
+            self.decisive, self.max_abs = float(weights[row]), float(gaps[row])
+            self.bound = math.nan if bounds is None else float(bounds[row])
+            self.worst = (self.rows + row, int(tokens[row]))
+        self.largest = max(self.largest, float(gaps.max()))
         self.total += float(a.sum())
         self.square += float(a.square().sum())
         log_p, log_q = a.log_softmax(dim=1), b.log_softmax(dim=1)
@@ -43,11 +50,16 @@ class _Sums:
 
 
 def distance(
-    a: Outputs, b: Outputs, prompts: Sequence[Sequence[int]], vocab_size: int
+    a: Outputs,
+    b: Outputs,
+    prompts: Sequence[Sequence[int]],
+    vocab_size: int,
+    bounds: torch.Tensor | None = None,
 ) -> tuple[Distance, tuple[str, ...]]:
     """Compare the first `vocab_size` columns of all rows, and the hidden states point by point. Also what is wrong:
 
     a NaN or infinity on either side, a wrong number of rows or tokens, logits that are all the same, nothing at all.
+    With `bounds` [rows] the row that decides is the one that is farthest beyond its own bound.
     """
     problems = _shape_problems(a, b, prompts, vocab_size)
     if problems:
@@ -61,12 +73,14 @@ def distance(
                 return Distance(a.logits.shape[0], vocab_size, layers=layers(a, b)), (
                     f"NaN or infinite logits on side {name}, first at {where}",
                 )
-        sums.add(left, right)
+        sums.add(left, right, None if bounds is None else bounds[start : start + ROWS].double())
     count = sums.rows * vocab_size
     found = Distance(
         positions=sums.rows,
         vocab_size=vocab_size,
         max_abs=sums.max_abs,
+        bound=sums.bound,
+        largest=sums.largest,
         std=math.sqrt(max(sums.square / count - (sums.total / count) ** 2, 0.0)),
         worst=f"{position_name(sums.worst[0], prompts)} token {sums.worst[1]}",
         kl_max=sums.kl_max,
@@ -76,6 +90,15 @@ def distance(
     )
     constant = f"all logits of side a are {sums.total / count:g}: nothing was compared"
     return found, () if found.std > 0 else (constant,)
+
+
+def row_gaps(a: Outputs, b: Outputs, vocab_size: int) -> torch.Tensor:
+    """max |a - b| of every row [rows]; NaN where one of them is none."""
+    parts = []
+    for start in range(0, a.logits.shape[0], ROWS):
+        left, right = (side.logits[start : start + ROWS, :vocab_size] for side in (a, b))
+        parts.append((left - right).abs().amax(dim=1))
+    return torch.cat(parts)
 
 
 def _shape_problems(a: Outputs, b: Outputs, prompts: Sequence[Sequence[int]], vocab_size: int) -> list[str]:

@@ -13,11 +13,12 @@ class Outputs:
     """`logits` [positions of all prompts, vocabulary] and `hidden` [points, traced positions of all prompts, hidden].
 
     Both fp32 on the CPU, whatever dtype computed them. Points are the embedding, the output of each layer but the last,
-    and the final norm.
+    and the final norm. `experts` [expert layers, experts]: whether some token was sent there, where that is known.
     """
 
     logits: torch.Tensor
     hidden: torch.Tensor
+    experts: torch.Tensor | None = None
 
 
 def point_name(point: int, points: int) -> str:

@@ -39,7 +39,8 @@ class Job:
     """Build the model, load it stage by stage from `directory` (an iteration directory), run the prompts.
 
     Rank 0 writes `output`, a torch file {"logits": [positions of all prompts, vocabulary],
-    "hidden": [num_layers + 1, traced positions of all prompts, hidden]}, both fp32. The vocabulary is the true one.
+    "hidden": [num_layers + 1, traced positions of all prompts, hidden], "experts": [expert layers, experts]}: fp32, fp32,
+    bool. The vocabulary is the true one.
     """
 
     directory: Path

@@ -85,6 +85,8 @@ class Distance:
     """How far two sets of logits, and the hidden states behind them, are apart. NaN is *not measured*.
 
     `max_abs` = max |a - b| and `std` = std(a), over `positions` x `vocab_size` logits; `worst` is where the maximum is.
+    Where every position has a bound of its own (rounding), `max_abs`, `worst` and `bound` are of the position that is
+    farthest beyond its bound, and `largest` is max |a - b| over all.
     `kl_max`, `kl_mean`: KL(a || b) per position in nats, summed over the vocabulary. `top1`: the share of positions
     where both prefer the same token. `layers`: per traced point (embedding, after each layer, final norm) the largest
     relative L2 distance of a hidden state.
@@ -94,6 +96,8 @@ class Distance:
     vocab_size: int = 0
     max_abs: float = math.nan
     std: float = math.nan
+    bound: float = math.nan
+    largest: float = math.nan
     worst: str = ""
     kl_max: float = math.nan
     kl_mean: float = math.nan
@@ -107,7 +111,7 @@ class Distance:
 
     def as_dict(self) -> dict[str, object]:
         """The measurements as plain data; None for what was not measured (JSON has no NaN)."""
-        names = ("ratio", "max_abs", "std", "kl_max", "kl_mean", "top1")
+        names = ("ratio", "max_abs", "std", "largest", "kl_max", "kl_mean", "top1")
         return {
             "positions": self.positions,
             "vocab_size": self.vocab_size,
@@ -181,6 +185,7 @@ class LogitsReport:
         rows = [
             ("max |a - b| / std(a)", f"{found.ratio:.2e}   (threshold {self.threshold:.1e}: {self.threshold_from})"),
             ("max |a - b|", f"{found.max_abs:.2e}   at {found.worst}"),
+            *([("largest anywhere", f"{found.largest:.2e}")] if math.isfinite(found.bound) else []),
             ("KL(a || b) per position", f"{found.kl_max:.2e} at most, {found.kl_mean:.2e} on average"),
             ("same top token", f"{found.top1:.2%}"),
             ("first diverging layer", self.first_diverging or "none"),

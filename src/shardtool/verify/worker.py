@@ -31,12 +31,16 @@ from shardtool.verify.megatron_model import build_stage, expert_tp  # noqa: E402
 
 
 class _Traces:
-    """Hidden states at the traced positions: after the embedding (0), layer i - 1 (i), the final norm (-1)."""
+    """Hidden states at the traced positions: after the embedding (0), layer i - 1 (i), the final norm (-1).
+
+    And the experts that some token was sent to, per expert layer.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.prompt = 0
         self.points: list[list[torch.Tensor]] = [[] for _ in range(job.architecture.num_layers + 1)]
+        self.chosen: dict[int, torch.Tensor] = {}
 
     def keep(self, point: int, hidden: torch.Tensor) -> None:
         """Keep the traced rows of a hidden state [positions, 1, hidden]."""
@@ -51,17 +55,32 @@ class _Traces:
 
             return keep
 
+        def count(layer: int) -> Callable[..., None]:
+            def keep(
+                _module: object, _inputs: object, output: Any
+            ) -> None:  # (probabilities, which experts), per token
+                used = output[1].bool().flatten(0, -2).any(dim=0)
+                self.chosen[layer] = used | self.chosen.get(layer, torch.zeros_like(used))
+
+            return keep
+
         if chunk.embedding:
             model.embedding.register_forward_hook(hook(0))
         for layer, index in zip(model.decoder.layers, chunk.layers, strict=True):
             if index + 1 < self.job.architecture.num_layers:  # the last one counts after the final norm
                 layer.register_forward_hook(hook(index + 1))
+            if (router := getattr(layer.mlp, "router", None)) is not None:
+                router.register_forward_hook(count(index))
         if chunk.head:
             model.decoder.final_layernorm.register_forward_hook(hook(-1))
 
     def stacked(self) -> torch.Tensor:
         """[points, traced positions of all prompts, hidden]"""
         return torch.stack([torch.cat(point) for point in self.points])
+
+    def experts(self) -> torch.Tensor:
+        """[expert layers, experts]: whether some token was sent there."""
+        return torch.stack(list(self.chosen.values())) if self.chosen else torch.zeros(0, 0, dtype=torch.bool)
 
 
 @torch.inference_mode()
@@ -143,7 +162,7 @@ def run(job: Job) -> None:
         del model
         gc.collect()
     if torch.distributed.get_rank() == 0:
-        torch.save({"logits": torch.cat(streams), "hidden": traces.stacked()}, job.output)
+        torch.save({"logits": torch.cat(streams), "hidden": traces.stacked(), "experts": traces.experts()}, job.output)
 
 
 def _portable(error: ShardtoolError) -> ShardtoolError:
