@@ -92,7 +92,9 @@ def probing(
     `only` are the ids of the one instance that is wanted.
     """
     rule = layout.rules[number]
-    equation = Equation(rule.equation.left, tuple(tensors), "probe")
+    count = sum(tensor.components for tensor in tensors)
+    order = rule.equation.order if tuple(tensors) == rule.equation.right else tuple(range(count))
+    equation = Equation(rule.equation.left, tuple(tensors), "probe", order)
     axes = name_axes(rule)
     held = [_ids(rule, axis, layout.sizes) for axis in axes] if only is None else [(index,) for index in only]
     names = tuple(NameAxis(axis, ids) for axis, ids in zip(axes, held, strict=True))

@@ -185,7 +185,7 @@ def plain_layout(headers: Mapping[Key, Header]) -> Layout:
         axes = tuple(f"t{zlib.crc32(name.encode()):08x}_{dim}" for dim in range(len(header.shape)))
         dims = Tensor(tuple((axis,) for axis in axes))
         sizes |= dict(zip(axes, header.shape, strict=True))
-        rules.append(Rule((name,), Equation((dims,), (dims,), " ".join(axes)), _literal(name)))
+        rules.append(Rule((name,), Equation((dims,), (dims,), " ".join(axes), (0,)), _literal(name)))
         pieces.append(Piece(number, 0, dims, _literal(name)))
     return Layout(tuple(rules), 0, sizes, tuple(pieces), description="Hugging Face, by name")
 
