@@ -6,20 +6,23 @@ before every check has passed.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from shardtool.checkpoint.huggingface import (
     HuggingFace,
+    companions,
     config_bytes,
-    copy_companions,
     huggingface_target,
     open_huggingface,
     read_config,
 )  # fmt: skip
+from shardtool.checkpoint.identity import Identity, identify
 from shardtool.checkpoint.limits import check_exportable, check_tied_mtp, version_notes
 from shardtool.checkpoint.megatron import Megatron, read_megatron
 from shardtool.checkpoint.megatron_target import dist_target, legacy_target, rank_files
@@ -27,11 +30,12 @@ from shardtool.checkpoint.opened import Opened
 from shardtool.checkpoint.padding import cut_rows, padding_rows
 from shardtool.checkpoint.structure import structure
 from shardtool.checkpoint.target import Target, resolve_dtypes, target_tensors
-from shardtool.errors import CheckpointError, UsageError
+from shardtool.errors import CheckpointError, ShardtoolError, UsageError
 from shardtool.execute import engine
+from shardtool.execute.digests import Digests, Span, sha256
 from shardtool.execute.memory import Memory
 from shardtool.execute.ranks import Ranks, shares
-from shardtool.execute.staging import check_destination, staged, write_small
+from shardtool.execute.staging import Stage, check_destination, recover, staged, write_small
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import axis_sizes, standard
 from shardtool.families.family import TRAINING_ONLY, Family, describe_differences
@@ -44,6 +48,7 @@ from shardtool.layout.layout import Layout, centred
 from shardtool.layout.megatron import Spelling, dist_layout, legacy_layout
 from shardtool.layout.mesh import Mesh, chunks, padded_vocab, virtual_stages
 from shardtool.layout.rules import Rule
+from shardtool.manifest import MANIFEST, ManifestFile, command_line, listed, manifest_bytes, tensor_spans, versions
 from shardtool.plan.plan import Plan, plan, replicas
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -90,6 +95,7 @@ class Prepared:
     companions: Path | None = None  # a Hugging Face directory whose tokenizer comes with it
     notes: tuple[str, ...] = ()
     dtypes: Mapping[int, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)  # as on the command line: all that shape the output
 
     @property
     def tensors(self) -> int:
@@ -115,6 +121,7 @@ class Summary:
     notes: tuple[str, ...]
     peak_memory: int  # bytes of anonymous memory, of all processes together
     processes: int
+    files_kept: int  # that an earlier run of the same conversion had finished
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -212,8 +219,15 @@ def _to_megatron(
         target = dist_target(tensors, target_layout, args, a, number)
     return Prepared(
         direction, source, made, target, a, iteration_name(iteration), {TRACKER: tracker_bytes(iteration)},
-        notes=notes + version_notes(a), dtypes=dtypes,
+        notes=notes + version_notes(a), dtypes=dtypes, options=_as_options(options),
     )  # fmt: skip
+
+
+def _as_options(options: MegatronOptions) -> dict[str, Any]:
+    """The options by their names on the command line; of the mesh those that are not the default."""
+    values = {name: value for name, value in asdict(options).items() if name != "mesh"}
+    mesh, plain = asdict(options.mesh), asdict(Mesh())
+    return {name: value for name, value in mesh.items() if value != plain[name]} | values
 
 
 # no tensor shows these: they are the source's, or they are left out
@@ -300,10 +314,12 @@ def prepare_megatron2hf(
     config = {**given} if given else family.write_config(a, main)
     config["dtype" if "dtype" in config else "torch_dtype"] = main
     config.pop("quantization_config", None)  # what is written is dequantised
-    companions = hf if hf is not None and hf.is_dir() else None
+    tokenizer = hf if hf is not None and hf.is_dir() else None
+    options = {"hf": None if hf is None else str(hf), "dtype": dtype, "max_shard_size": max_shard_size}
     return Prepared(
-        "megatron2hf", opened, made, target, a, "", {"config.json": config_bytes(config)}, companions, notes, dtypes
-    )
+        "megatron2hf", opened, made, target, a, "", {"config.json": config_bytes(config)}, tokenizer, notes, dtypes,
+        options,
+    )  # fmt: skip
 
 
 def _target_family(source: Megatron, hf: Path | None) -> tuple[Family, Architecture, Mapping[str, Any]]:
@@ -347,60 +363,86 @@ def execute(
     progress: Callable[[int, str], None] | None = None,
     durable: bool = True,
     ranks: Ranks | None = None,
+    checksums: bool = True,
+    tensor_digests: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Summary:
-    """Write a prepared conversion to DST: all of it, or nothing. With `ranks` this process writes its share.
+    """Write a prepared conversion to DST: all of it, or nothing. What an earlier run of it has finished is kept.
 
-    Replicas in the source are compared with each other first; CheckpointError where they differ. Without `durable`
-    nothing waits for the device.
+    With `ranks` this process writes its share.
+
+    Replicas in the source are compared with each other first; CheckpointError where they differ, and where the source
+    changes meanwhile. Interrupted after Ctrl-C. Without `durable` nothing waits for the device, and a run that is cut
+    off starts over. `checksums` and `tensor_digests` (of each target tensor) go into the manifest; `say` gets a line
+    for people where an earlier run is continued, or is not.
     """
     started = time.monotonic()
     source = prepared.source
-    check_destination(source.path, dst, overwrite=overwrite)
-    digest = prepared.plan.digest()
-    notes = prepared.notes
     ranks = ranks or Ranks({})
+    if ranks.first:
+        recover(dst, say)
+    check_destination(source.path, dst, overwrite=overwrite)
+    identity = identify(source)
+    digest = prepared.plan.digest()
+    spans = tensor_spans(prepared.target) if tensor_digests else {} if checksums else None
+    made_of = [versions(), prepared.direction, digest, prepared.target.digest(), identity.key(), prepared.subdirectory]
+    key = sha256(json.dumps([*made_of, checksums, tensor_digests]).encode())
     if progress is not None:
         ranks.on_progress = lambda count: progress(count, "other ranks")
+    notes, kept = prepared.notes, 0
+    write = partial(_write, prepared, ranks=ranks, jobs=jobs, progress=progress, durable=durable, spans=spans)
     if not ranks.first:
-        result = _write(prepared, Path(ranks.begin(digest)), ranks, jobs, progress, durable)
+        stage = Stage.join(Path(ranks.begin(digest)), prepared.subdirectory, ranks.rank)
+        result = write(stage)
+        stage.journal.close()
         ranks.report(result)
     else:
         notes += cut_rows(prepared.plan, source)
-        with staged(dst) as stage:
-            ranks.begin(digest, str(stage))
-            result = ranks.gather(_write(prepared, stage, ranks, jobs, progress, durable))
-            notes += _write_last(prepared, stage)
+        with staged(dst, key, subdirectory=prepared.subdirectory, durable=durable, say=say) as stage:
+            kept = len(stage.finished)
+            if kept:
+                say(f"continuing: {kept} of {len(prepared.target.skeletons)} files are finished")
+            stage.check_space(
+                sum(file.size for name, file in prepared.target.skeletons.items() if name not in stage.finished)
+            )
+            ranks.begin(digest, str(stage.directory))
+            result = ranks.gather(write(stage))
+            identity.check_unchanged()
+            notes += _write_last(prepared, stage, identity, digest, checksums)
         ranks.end()
     return Summary(
         prepared.direction, str(source.path), str(dst), prepared.tensors, result["read"], result["written"],
         len(prepared.target.skeletons), time.monotonic() - started, digest, len(source.ignored), result["compared"],
-        notes, result["peak"], ranks.size,
+        notes, result["peak"], ranks.size, kept,
     )  # fmt: skip
 
 
 def _write(
     prepared: Prepared,
-    stage: Path,
+    stage: Stage,
+    *,
     ranks: Ranks,
     jobs: int,
     progress: Callable[[int, str], None] | None,
     durable: bool,
+    spans: Mapping[str, Sequence[Span]] | None,
 ) -> dict[str, int]:
-    """Write this rank's share of the tensors: bytes read and written, replica elements compared, peak memory."""
+    """Write this rank's share of the files that are not finished: bytes read and written, replica elements compared,
+    peak memory. `spans` are what gets digests of its own in each file; None where nothing gets any.
+    """
     source, target = prepared.source, prepared.target
     memory = Memory()
-    compared = _compare_replicas(source, ranks.rank, ranks.size)
+    compared = _compared(stage, source, ranks)
     work = []
     for task in engine.tasks(prepared.plan, lambda key: target.payload(key)[1].dtype):
         work.append((task, *target.payload(task.key)))
     fills = padding_rows(prepared.plan, source, work)
-    skeletons = target.skeletons
+    skeletons = {name: skeleton for name, skeleton in target.skeletons.items() if name not in stage.finished}
     if ranks.size > 1:
         # files that take from the same part of the source go to the same rank: it is read once
         first = engine.first_places(work, source.locate, source.place)
         order = sorted(skeletons, key=lambda name: first.get(name, ("", 0)))
         of_rank = shares([(name, skeletons[name].size) for name in order], ranks.size)
-        work = [item for item in work if of_rank[item[1]] == ranks.rank]
         skeletons = {name: skeleton for name, skeleton in skeletons.items() if of_rank[name] == ranks.rank}
 
     def advance(count: int, file: str) -> None:
@@ -410,29 +452,60 @@ def _write(
         if progress is not None:
             progress(count, file)
 
-    files = engine.Files(stage / prepared.subdirectory, skeletons, durable=durable)
+    if progress is not None:
+        for name in stage.finished:
+            progress(sum(payload.nbytes for payload in target.skeletons[name].payload.values()), name)
+    digests = None if spans is None else Digests(spans, threads=jobs)
+    files = engine.Files(stage.tensors, skeletons, durable=durable, digests=digests, finished=stage.add)
     try:
         traffic = engine.write(
-            work, files, source.locate, fills=fills, jobs=jobs, progress=advance, place=source.place
+            [item for item in work if item[1] in skeletons], files, source.locate,
+            fills=fills, jobs=jobs, progress=advance, place=source.place,
         )  # fmt: skip
+        files.close(sync=True)
     except BaseException:
         files.close(sync=False)
         raise
-    files.close(sync=True)
     return {"read": traffic.read, "written": traffic.written, "compared": compared, "peak": memory.look()}
 
 
-def _write_last(prepared: Prepared, stage: Path) -> tuple[str, ...]:
-    """Write what comes after the tensors: metadata, config, tokenizer, tracker. Returns what is to be said of it."""
-    directory, notes = stage / prepared.subdirectory, []
+def _compared(stage: Stage, source: Opened, ranks: Ranks) -> int:
+    """Compare the source's replicas, unless an earlier run has done so: elements in this rank's share."""
+    known = stage.journal.facts.get("replicas_compared")
+    if known is not None:
+        return int(known) if ranks.first else 0
+    compared = _compare_replicas(source, ranks.rank, ranks.size)
+    if ranks.size == 1:
+        stage.journal.learned("replicas_compared", compared)
+    return compared
+
+
+def _write_last(
+    prepared: Prepared, stage: Stage, identity: Identity, plan_digest: str, checksums: bool
+) -> tuple[str, ...]:
+    """Write what comes after the tensors: metadata, tokenizer, the manifest, and config or tracker. Returns what is to
+    be said of it.
+    """
+    carried = companions(prepared.companions) if prepared.companions is not None else {}
+    below = f"{prepared.subdirectory}/" if prepared.subdirectory else ""
+    files = {below + name: listed(record, prepared.target) for name, record in stage.records().items()}
+    if lacking := [name for name in prepared.target.skeletons if below + name not in files]:
+        raise ShardtoolError("files were not finished", where=str(stage.output), details=tuple(lacking[:20]))
+
+    def put(name: str, data: bytes) -> None:
+        write_small(stage.output / name, data)
+        files[name] = ManifestFile(len(data), sha256(data) if checksums else "")
+
     for name, make in prepared.target.last.items():
-        write_small(directory / name, make())
-    if prepared.companions is not None:
-        copied = copy_companions(prepared.companions, directory)
-        notes += [f"carried over: {', '.join(copied)}"] if copied else []
+        put(below + name, make())
+    for name, data in carried.items():
+        put(below + name, data)
+    files |= {name: ManifestFile(len(data), sha256(data) if checksums else "") for name, data in prepared.last.items()}
+    command = command_line(prepared.direction, str(identity.path), prepared.options)
+    write_small(stage.output / MANIFEST, manifest_bytes(command, plan_digest, identity.as_dict(), files))
     for name, data in prepared.last.items():
-        write_small(stage / name, data)
-    return tuple(notes)
+        put(name, data)
+    return (f"carried over: {', '.join(carried)}",) if carried else ()
 
 
 DIVERGED = "the ranks are not of one save, or a rank diverged during training"

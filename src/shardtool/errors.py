@@ -60,3 +60,10 @@ class UsageError(ShardtoolError):
 
     exit_code = 2
     kind = "usage"
+
+
+class Interrupted(ShardtoolError):  # noqa: N818 - what the user has done is no error
+    """Ctrl-C. Exit code 130, as of a shell's command that SIGINT ended."""
+
+    exit_code = 130
+    kind = "interrupted"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -146,11 +145,6 @@ def config_bytes(config: Mapping[str, Any]) -> bytes:
     return (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode()
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, chat template and generation config; the names of the files that were there."""
-    copied = []
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-            copied.append(name)
-    return copied
+def companions(source: Path) -> dict[str, bytes]:
+    """Tokenizer, chat template and generation config of a directory, as far as they are there: names and contents."""
+    return {name: (source / name).read_bytes() for name in COMPANIONS if (source / name).is_file()}

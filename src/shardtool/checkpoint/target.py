@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,16 @@ class Target:
         """The file of a tensor and its place there."""
         name, inner = self.places[key]
         return name, self.skeletons[name].payload[inner]
+
+    def digest(self) -> str:
+        """A hash of every byte of the files that is not payload: names, shapes, dtypes and places among them."""
+        found = hashlib.sha256()
+        for name, skeleton in self.skeletons.items():
+            found.update(f"{name}\0{skeleton.size}\0".encode())
+            for offset, part in skeleton.parts:
+                found.update(f"{offset}\0{len(part)}\0".encode())
+                found.update(part)
+        return found.hexdigest()
 
     @property
     def nbytes(self) -> int:

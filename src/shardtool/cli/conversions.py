@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ from shardtool.cli.options import (
     MaybeTarget,
     MtpName,
     MtpOption,
+    NoChecksums,
     Overwrite,
     Pad,
     PipelineLayout,
@@ -47,6 +49,7 @@ from shardtool.cli.options import (
     Spec,
     SpecOption,
     Target,
+    TensorDigests,
     Tp,
     Verbose,
     VocabPad,
@@ -56,11 +59,11 @@ from shardtool.cli.options import (
     mesh,
     workers,
 )  # fmt: skip
-from shardtool.execute.staging import check_destination
+from shardtool.errors import UsageError
+from shardtool.execute.staging import check_destination, interruptible, recover
 
 if TYPE_CHECKING:
     from shardtool import convert
-    from shardtool.execute.ranks import Ranks
     from shardtool.layout.mesh import Mesh
 
 DIVISIBLE_BY = 128
@@ -73,8 +76,9 @@ def hf2megatron(
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
     format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te,
     experts: ExpertsOption = Experts.grouped, mtp_name: MtpOption = MtpName.mtp_model_layer, dtype: DtypeOption = Dtype.keep,
-    vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
-    jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
+    vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, no_checksums: NoChecksums = False,
+    tensor_digests: TensorDigests = False, overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS,
+    memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Convert a Hugging Face checkpoint to Megatron."""
@@ -84,28 +88,28 @@ def hf2megatron(
         tp, pp, vpp, ep, etp, first_stage_layers, last_stage_layers, pipeline_layout, account_for_embedding, account_for_loss
     )  # fmt: skip
     source = checkpoint(src)
-    check_destination(source, dst, overwrite=overwrite)
-    options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
-    _execute(lambda: convert.prepare_hf2megatron(source, options), dst, overwrite, workers(jobs, memory_budget))
+    with interruptible(dst):
+        _ready(source, dst, overwrite)
+        options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
+        prepare = partial(convert.prepare_hf2megatron, source, options)
+        _execute(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests)
 
 
 def megatron2hf(
     src: Source, dst: Target, hf: Hf = None, dtype: DtypeOption = Dtype.keep, max_shard_size: ShardSize = "5GB",
-    overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
+    no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False,
+    jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Convert a Megatron checkpoint to Hugging Face."""
     from shardtool import convert  # noqa: PLC0415 - numpy and the engine are not needed for --help
 
     source = checkpoint(src)
-    check_destination(source, dst, overwrite=overwrite)
-    size = bytes_of(max_shard_size, "--max-shard-size")
-    _execute(
-        lambda: convert.prepare_megatron2hf(source, hf, dtype=dtype.value, max_shard_size=size),
-        dst,
-        overwrite,
-        workers(jobs, memory_budget),
-    )
+    with interruptible(dst):
+        _ready(source, dst, overwrite)
+        size = bytes_of(max_shard_size, "--max-shard-size")
+        prepare = partial(convert.prepare_megatron2hf, source, hf, dtype=dtype.value, max_shard_size=size)
+        _execute(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests)
 
 
 def reshard(
@@ -115,8 +119,9 @@ def reshard(
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
     format: MaybeFormat = None, spec: MaybeSpec = None,
     experts: MaybeExperts = None, mtp_name: MaybeMtp = None, dtype: DtypeOption = Dtype.keep,
-    vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
-    jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
+    vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, no_checksums: NoChecksums = False,
+    tensor_digests: TensorDigests = False, overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS,
+    memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Write a Megatron checkpoint in another parallel layout or format."""
@@ -126,9 +131,11 @@ def reshard(
         tp, pp, vpp, ep, etp, first_stage_layers, last_stage_layers, pipeline_layout, account_for_embedding, account_for_loss
     )  # fmt: skip
     source = checkpoint(src)
-    check_destination(source, dst, overwrite=overwrite)
-    options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
-    _execute(lambda: convert.prepare_reshard(source, options), dst, overwrite, workers(jobs, memory_budget))
+    with interruptible(dst):
+        _ready(source, dst, overwrite)
+        options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
+        prepare = partial(convert.prepare_reshard, source, options)
+        _execute(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests)
 
 
 def plan_hf2megatron(
@@ -138,8 +145,9 @@ def plan_hf2megatron(
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
     format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te,
     experts: ExpertsOption = Experts.grouped, mtp_name: MtpOption = MtpName.mtp_model_layer, dtype: DtypeOption = Dtype.keep,
-    vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
-    jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
+    vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, no_checksums: NoChecksums = False,
+    tensor_digests: TensorDigests = False, overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS,
+    memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """What hf2megatron would do; nothing is written."""
@@ -155,7 +163,8 @@ def plan_hf2megatron(
 
 def plan_megatron2hf(
     src: Source, dst: MaybeTarget = None, hf: Hf = None, dtype: DtypeOption = Dtype.keep, max_shard_size: ShardSize = "5GB",
-    overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
+    no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False,
+    jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """What megatron2hf would do; nothing is written."""
@@ -172,8 +181,9 @@ def plan_reshard(
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
     format: MaybeFormat = None, spec: MaybeSpec = None,
     experts: MaybeExperts = None, mtp_name: MaybeMtp = None, dtype: DtypeOption = Dtype.keep,
-    vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
-    jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
+    vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, no_checksums: NoChecksums = False,
+    tensor_digests: TensorDigests = False, overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS,
+    memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """What reshard would do; nothing is written."""
@@ -212,28 +222,51 @@ def _options(
     )
 
 
-def _execute(prepare: Callable[[], convert.Prepared], dst: Path, overwrite: bool, jobs: int) -> None:
-    from shardtool.execute.ranks import Ranks  # noqa: PLC0415 - the engine is not needed for --help
+def _ready(src: Path, dst: Path, overwrite: bool) -> None:
+    """The target as it has to be before anything is read; what a crash has left there is put right."""
+    from shardtool.execute.ranks import place  # noqa: PLC0415 - not needed for --help
 
-    with Ranks() as ranks:
-        _converted(prepare(), dst, overwrite, jobs, ranks)
+    if place()[0] == 0:
+        recover(dst, console.say)
+    check_destination(src, dst, overwrite=overwrite)
 
 
-def _converted(prepared: convert.Prepared, dst: Path, overwrite: bool, jobs: int, ranks: Ranks) -> None:
+def _execute(
+    prepare: Callable[[], convert.Prepared],
+    dst: Path,
+    overwrite: bool,
+    jobs: int,
+    no_checksums: bool,
+    tensor_digests: bool,
+) -> None:
     from shardtool import convert  # noqa: PLC0415 - the engine is not needed for --help
+    from shardtool.execute.ranks import Ranks  # noqa: PLC0415
 
-    if not ranks.first:  # the first rank speaks for all
-        convert.execute(prepared, dst, overwrite=overwrite, jobs=jobs, ranks=ranks)
-        return
+    if no_checksums and tensor_digests:
+        raise UsageError("--no-checksums and --tensor-digests exclude each other", hint="leave one of them out")
+    with Ranks() as ranks:
+        prepared = prepare()
+        write = partial(
+            convert.execute, prepared, dst, overwrite=overwrite, jobs=jobs, ranks=ranks, checksums=not no_checksums,
+            tensor_digests=tensor_digests,
+        )  # fmt: skip
+        if ranks.first:  # it speaks for all
+            _converted(prepared, dst, ranks.size, write)
+        else:
+            write()
+
+
+def _converted(prepared: convert.Prepared, dst: Path, processes: int, write: Callable[..., convert.Summary]) -> None:
+    """Write, with progress, and print the result."""
     total = sum(
         payload.nbytes for skeleton in prepared.target.skeletons.values() for payload in skeleton.payload.values()
     )
     console.say(
         f"{prepared.direction}: {prepared.source.path} -> {dst}, {prepared.tensors} tensors, {console.size(total)}"
-        + (f", {ranks.size} processes" if ranks.size > 1 else "")
+        + (f", {processes} processes" if processes > 1 else "")
     )
     with console.progress(total, prepared.direction) as advance:
-        summary = convert.execute(prepared, dst, overwrite=overwrite, jobs=jobs, progress=advance, ranks=ranks)
+        summary = write(progress=advance, say=console.say)
     rate = summary.bytes_written / summary.seconds if summary.seconds else 0
     lines = [
         f"{summary.dst}: {summary.tensors} tensors in {summary.files} files, {console.size(summary.bytes_read)} read, "

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from shardtool.cli import console
-from shardtool.cli.options import Json, Pp, Quiet, Source, Tp, Verbose, checkpoint
+from shardtool.cli.options import DEFAULT_JOBS, Json, Pp, Quiet, Source, Tp, Verbose, checkpoint
 from shardtool.errors import CheckpointError, UsageError
 from shardtool.layout.mesh import Mesh
 
@@ -34,8 +34,9 @@ def inspect(ckpt: Source, json: Json = False, quiet: Quiet = False, verbose: Ver
 
 
 def verify(
-    a: Annotated[str, typer.Argument(metavar="A", help="The reference.", show_default=False)],
-    b: Annotated[str, typer.Argument(metavar="B", help="What is to be the same model.", show_default=False)],
+    a: Annotated[str | None, typer.Argument(metavar="A", help="The reference.", show_default=False)] = None,
+    b: Annotated[str | None, typer.Argument(metavar="B", help="What is to be the same model.", show_default=False)] = None,
+    checksums: Annotated[Path | None, typer.Option("--checksums", metavar="DIR", help="Instead of comparing models: is every file of DIR as shardtool wrote it (its shardtool.json)?", show_default=False)] = None,
     level: Annotated[list[str] | None, typer.Option("--level", help="accounting, exact or logits; may be repeated. [default: all]", show_default=False)] = None,
     dtype: Annotated[Precision, typer.Option("--dtype", help="The dtype in which both models compute.")] = Precision.fp32,
     threshold: Annotated[float | None, typer.Option("--threshold", help="Largest max |delta logit| / std(logits). [default: 1e-4 in fp32, measured rounding else]", show_default=False)] = None,
@@ -44,6 +45,11 @@ def verify(
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Is it the same model? Exit 0 when it is, 1 when it is not."""
+    if checksums is not None:
+        _verify_checksums(checksums, a)
+        return
+    if a is None or b is None:
+        raise UsageError("verify needs A and B, or --checksums DIR", hint="shardtool verify --help")
     from shardtool.verify import judge  # noqa: PLC0415 - heavy
 
     wanted = level or list(judge.LEVELS)
@@ -69,6 +75,16 @@ def diff(
         report = diff(ours, theirs, say=console.say if verbose else None, progress=progress)
     console.result(report.as_dict(), report.lines())
     raise typer.Exit(report.exit_code)
+
+
+def _verify_checksums(directory: Path, other: str | None) -> None:
+    from shardtool.manifest import check  # noqa: PLC0415 - only this option needs it
+
+    if other is not None:
+        raise UsageError("--checksums takes one directory, and no A and B", found=other)
+    findings = check(directory, threads=DEFAULT_JOBS)
+    console.result(findings.as_dict(), findings.lines())
+    raise typer.Exit(0 if findings.same else 1)
 
 
 def args(

@@ -11,7 +11,7 @@ import typer
 
 from shardtool import __version__
 from shardtool.cli import console, conversions, judging
-from shardtool.errors import ShardtoolError, UsageError
+from shardtool.errors import Interrupted, ShardtoolError, UsageError
 
 INTERRUPTED = 130  # typer's exit code after a KeyboardInterrupt
 
@@ -50,13 +50,14 @@ def run(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     vars(console.SETTINGS).update(vars(console.Settings()))
     console.SETTINGS.json = "--json" in given  # for an error before the options are read
+    failed: ShardtoolError | None = None
     try:
         code = app(given, standalone_mode=False)
     except ShardtoolError as error:
         if console.SETTINGS.debug:
             raise
         _report(error)
-        code = error.exit_code
+        failed, code = error, error.exit_code
     except OSError as error:
         if console.SETTINGS.debug:
             raise
@@ -72,8 +73,8 @@ def run(arguments: list[str] | None = None) -> None:
         else:
             _report(_usage(error))
         code = 2
-    if code == INTERRUPTED:
-        sys.stderr.write("interrupted; nothing was left behind\n")
+    if code == INTERRUPTED and not isinstance(failed, Interrupted):
+        sys.stderr.write("interrupted\n")
     raise SystemExit(code or 0)
 
 
@@ -88,6 +89,6 @@ def _usage(error: Exception) -> ShardtoolError:
 
 
 def _report(error: ShardtoolError) -> None:
-    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.write(f"{error}\n" if isinstance(error, Interrupted) else f"error: {error}\n")
     if console.SETTINGS.json and not console.SETTINGS.answered:  # a result says itself what is wrong
         sys.stdout.write(json_module.dumps(error.as_dict(), indent=2) + "\n")

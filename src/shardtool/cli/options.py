@@ -123,6 +123,8 @@ MaybeDivisible = Annotated[int | None, typer.Option("--vocab-divisible-by", min=
 Pad = Annotated[VocabPad, typer.Option("--vocab-pad", help="What fills the padding rows.", rich_help_panel=OUTPUT)]
 Hf = Annotated[Path | None, typer.Option("--hf", metavar="DIR|CONFIG", help="The Hugging Face model: config, tokenizer and chat template come from it.", rich_help_panel=OUTPUT)]
 ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest safetensors file.", rich_help_panel=OUTPUT)]
+NoChecksums = Annotated[bool, typer.Option("--no-checksums", help="No SHA-256 of the files in shardtool.json.", rich_help_panel=OUTPUT)]
+TensorDigests = Annotated[bool, typer.Option("--tensor-digests", help="Also the SHA-256 of every tensor in shardtool.json.", rich_help_panel=OUTPUT)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST: the new one is complete before the old one goes.", rich_help_panel=OUTPUT)]
 
 Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Worker threads.", rich_help_panel=COMMON)]

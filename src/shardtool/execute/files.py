@@ -8,9 +8,11 @@ import os
 import queue
 import resource
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+from shardtool.execute.digests import Digests, FileDigest
 from shardtool.formats.stored import Skeleton
 
 OPEN_FILES = 512  # descriptors that are kept; the others are opened again when they are needed
@@ -22,19 +24,42 @@ _fallocate = getattr(_libc, "fallocate", None)  # Linux only, as the next
 _sync_file_range = getattr(_libc, "sync_file_range", None)
 
 
+class Finished(NamedTuple):
+    """A target file that is complete: its size, its time of modification, and its digests where they were asked for."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    digest: FileDigest | None
+
+
 class Files:
     """Target files with their skeletons. The first part of a skeleton is written at once, the others with the payload
     that they follow, or at the end. With `durable` a file is synced as soon as it is complete, by a thread of its own.
+
+    `digests` sees every byte that is written. `finished` is told of each file that is complete (with `durable`: on the
+    device), by any thread.
     """
 
-    def __init__(self, directory: Path, skeletons: Mapping[str, Skeleton], *, durable: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        skeletons: Mapping[str, Skeleton],
+        *,
+        durable: bool = True,
+        digests: Digests | None = None,
+        finished: Callable[[Finished], None] | None = None,
+    ) -> None:
         self._directory = directory
-        self._durable = durable
+        self._digests = digests
+        self._finished = finished
+        self._sizes = {name: skeleton.size for name, skeleton in skeletons.items()}
         self._lock = threading.Lock()
         self._descriptors: dict[str, int] = {}
+        self._handed: dict[str, int] = {}  # of files that are complete, until they are synced and hashed
         self._held: dict[str, dict[int, bytes]] = {}
         self._last: dict[str, tuple[int, bytes | bytearray]] = {}
-        self._sync = _Sync() if durable else None
+        self._sync = _Sync(self._complete) if durable else None
         _allow_open_files()
         try:
             for name, skeleton in skeletons.items():
@@ -52,7 +77,7 @@ class Files:
                 _allocate(descriptor, skeleton.size)
             held = dict(skeleton.parts)
             if 0 in held:
-                _write(descriptor, held.pop(0), 0)
+                self._put(name, descriptor, held.pop(0), 0)
         except BaseException:
             os.close(descriptor)
             raise
@@ -76,14 +101,23 @@ class Files:
 
     def write(self, name: str, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write bytes at an offset of a file."""
-        _write(self._descriptor(name), data, offset)
+        self._put(name, self._descriptor(name), data, offset)
+
+    def _put(self, name: str, descriptor: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+        _write(descriptor, data, offset)
+        if self._digests is not None:
+            self._digests.passed(name, descriptor, offset, data)
 
     def write_both(self, name: str, data: memoryview, more: bytearray, offset: int) -> None:
         """Write bytes at an offset of a file, and more behind them."""
-        done = os.pwritev(self._descriptor(name), (data, more), offset)
+        descriptor = self._descriptor(name)
+        done = os.pwritev(descriptor, (data, more), offset)
         if done < len(data) + len(more):
-            self.write(name, data[done:], offset + done)
-            self.write(name, more[max(0, done - len(data)) :], offset + max(done, len(data)))
+            _write(descriptor, data[done:], offset + done)
+            _write(descriptor, more[max(0, done - len(data)) :], offset + max(done, len(data)))
+        if self._digests is not None:
+            self._digests.passed(name, descriptor, offset, data)
+            self._digests.passed(name, descriptor, offset + len(data), more)
 
     def take(self, name: str, offset: int) -> bytes | None:
         """The part of the skeleton that begins at `offset`: the caller writes it, behind the payload that ends there.
@@ -114,11 +148,26 @@ class Files:
         """The file is complete but for the parts that waited: write them, sync and close."""
         descriptor = self._descriptor(name)
         self._write_held(name)
-        del self._descriptors[name]
+        self._handed[name] = self._descriptors.pop(name)
         if self._sync is not None:
-            self._sync.post(descriptor, 0, -1)
+            self._sync.post(descriptor, 0, -1, name)
         else:
-            os.close(descriptor)
+            self._complete(name, descriptor)
+
+    def _complete(self, name: str, descriptor: int) -> None:
+        """Close a file that will not change any more, and tell of it when its digests are known."""
+        if self._digests is None:
+            self._close(name, descriptor, None)
+        else:
+            self._digests.finish(
+                name, descriptor, self._sizes[name], lambda digest: self._close(name, descriptor, digest)
+            )
+
+    def _close(self, name: str, descriptor: int, digest: FileDigest | None) -> None:
+        found = os.fstat(descriptor)
+        os.close(self._handed.pop(name))
+        if self._finished is not None:
+            self._finished(Finished(name, found.st_size, found.st_mtime_ns, digest))
 
     def _write_held(self, name: str) -> None:
         parts: dict[int, bytes | bytearray] = dict(self._held.pop(name, {}))
@@ -127,59 +176,61 @@ class Files:
             self.write(name, part, offset)
 
     def close(self, *, sync: bool) -> None:
-        """Close all files, with `sync` after their last parts are written and everything is on the device."""
-        try:
-            if sync:
-                for name in list(self._held):
-                    if self._durable:
-                        self.finish(name)
-                    else:
-                        self._write_held(name)
-            if self._sync is not None:
-                self._sync.close(discard=not sync)
-        finally:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
-            self._held.clear()
-            self._last.clear()
+        """With `sync` finish all files: when this returns, each is complete and told of, with `durable` on the device.
+
+        Else give up: what is not finished stays as it is.
+        """
+        for name in list(self._held) if sync else ():
+            self.finish(name)
+        if self._sync is not None:
+            self._sync.close(discard=not sync)
+        if self._digests is not None:
+            self._digests.close(discard=not sync)
+        for descriptor in (*self._descriptors.values(), *self._handed.values()):
+            os.close(descriptor)
+        self._descriptors.clear()
+        self._handed.clear()
+        self._held.clear()
+        self._last.clear()
 
 
 class _Sync:
-    """A thread that brings written bytes to the device: ranges as they come, whole files with fsync and close."""
+    """A thread that brings written bytes to the device: ranges as they come, whole files with fsync."""
 
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[int, int, int] | None] = queue.SimpleQueue()
-        self._error: OSError | None = None
+    def __init__(self, synced: Callable[[str, int], None]) -> None:
+        self._queue: queue.SimpleQueue[tuple[int, int, int, str] | None] = queue.SimpleQueue()
+        self._synced = synced
+        self._error: BaseException | None = None
         self._discard = False
         self._thread = threading.Thread(target=self._run, name="sync", daemon=True)
         self._thread.start()
 
-    def post(self, descriptor: int, low: int, high: int) -> None:
-        """Start writing out bytes [low, high) of a file; with high -1 sync all of it and close it."""
+    def post(self, descriptor: int, low: int, high: int, name: str = "") -> None:
+        """Start writing out bytes [low, high) of a file; with high -1 sync all of it, and say so."""
         if self._error is not None:
             raise self._error
         if high < 0 or high > low:
-            self._queue.put((descriptor, low, high))
+            self._queue.put((descriptor, low, high, name))
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
-            descriptor, low, high = item
+            descriptor, low, high, name = item
             try:
+                if self._discard or self._error is not None:
+                    continue
                 if high < 0:
-                    if not self._discard and self._error is None:
-                        os.fsync(descriptor)
-                    os.close(descriptor)
-                elif not self._discard and _sync_file_range is not None:
+                    os.fsync(descriptor)
+                    self._synced(name, descriptor)
+                elif _sync_file_range is not None:
                     _sync_file_range(
                         descriptor, ctypes.c_int64(low), ctypes.c_int64(high - low), ctypes.c_uint(_WRITE_OUT)
                     )  # a hint: fsync is what counts, and reports errors
-            except OSError as error:
+            except BaseException as error:
                 self._error = self._error or error
 
-    def close(self, *, discard: bool) -> None:
-        """Wait for everything that was posted; raises OSError where a sync failed."""
-        self._discard = discard
+    def close(self, *, discard: bool = False) -> None:
+        """Wait for everything that was posted, or with `discard` only for what is under way; raises what failed."""
+        self._discard = self._discard or discard
         self._queue.put(None)
         self._thread.join()
         if self._error is not None and not discard:
