@@ -239,9 +239,16 @@ def test_a_hub_id_that_cannot_be_reached(tmp_path: Path) -> None:
 def test_an_unknown_architecture_names_the_known_ones(
     tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path
 ) -> None:
-    source = edit_config(copied(tiny_model("llama")), model_type="mamba", architectures=["MambaForCausalLM"])
-    names = ("unknown architecture", "mamba", "gpt2", "llama", "mistral", "qwen2", "qwen3")
+    source = edit_config(copied(tiny_model("llama")), model_type="acorn", architectures=["AcornForCausalLM"])
+    names = ("unknown architecture", "acorn", "gpt2", "llama", "mistral", "qwen2", "qwen3")
     refused(2, "hf2megatron", source, tmp_path / "dst", names=names)
+
+
+def test_what_megatron_core_cannot_express_is_refused_with_the_reason(
+    tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    source = edit_config(copied(tiny_model("llama")), model_type="bloom", architectures=["BloomForCausalLM"])
+    refused(2, "hf2megatron", source, tmp_path / "dst", names=("bloom", "ALiBi"), hint=False)
 
 
 @pytest.mark.parametrize(
