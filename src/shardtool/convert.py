@@ -34,7 +34,7 @@ from shardtool.execute.staging import check_destination, staged, write_small
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import axis_sizes, standard
 from shardtool.families.family import TRAINING_ONLY, Family, describe_differences
-from shardtool.families.launch_flags import launch_flags
+from shardtool.families.launch_flags import launch_flags, without_flag
 from shardtool.families.megatron_args import FAMILY_NAME, to_args
 from shardtool.families.registry import family_of, infer_family
 from shardtool.formats.tracker import TRACKER, iteration_name, tracker_bytes
@@ -123,7 +123,7 @@ def prepare_hf2megatron(src: Path, options: MegatronOptions) -> Prepared:
     """Hugging Face directory to Megatron: `release/` in the layout of `options`."""
     source = open_huggingface(src)
     a = source.opened.architecture
-    notes = source.family.caveats(a)
+    notes = source.family.caveats(a) + without_flag(a)
     if a.centred_norms and options.spec == "local":
         notes += ("norms are written as 1 + weight, rounded to the dtype; --spec te keeps the weights as they are",)
     return _to_megatron("hf2megatron", source.opened, a, source.opened.layout.rules, _filled(options), None, notes)
@@ -311,7 +311,8 @@ def _target_family(source: Megatron, hf: Path | None) -> tuple[Family, Architect
     config = read_config(hf)
     family = family_of(config)
     theirs = family.read_config(config)
-    ignore = {"family", "mtp_layers", *TRAINING_ONLY}
+    # what the weights contain is the given config's to say: a run of Megatron-LM does not keep it in its args
+    ignore = {"family", "mtp_layers", "folded", *TRAINING_ONLY}
     if a.rope is not None:
         ignore.add("max_positions")  # training may have seen shorter sequences than the model allows
     if not source.args.get("vocab_size"):
@@ -402,6 +403,13 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+DIVERGED = "the ranks are not of one save, or a rank diverged during training"
+APART = (
+    "training moves embedding and head apart, which are two tensors in Megatron: give --hf a config.json with "
+    "tie_word_embeddings false"
+)
+
+
 def _compare_replicas(source: Opened, rank: int = 0, size: int = 1) -> int:
     """Compare what the source holds more than once; the number of elements compared (in this rank's share)."""
     twins = replicas(source.layout)
@@ -418,7 +426,7 @@ def _compare_replicas(source: Opened, rank: int = 0, size: int = 1) -> int:
             where=str(source.path),
             expected="bit-identical replicas (norms over tp, tied embeddings over pp)",
             details=tuple(lines[:20]),
-            hint="the ranks are not of one save, or a rank diverged during training",
+            hint=APART if any(rule.derived for rule in source.layout.rules) else DIVERGED,
         )
     return compared
 

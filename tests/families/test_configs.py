@@ -11,10 +11,12 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from shardtool.errors import CheckpointError, UsageError
-from shardtool.families.architecture import Architecture, Rope, RopeScaling
+from shardtool.families.architecture import Architecture, Folded, Rope, RopeScaling
 from shardtool.families.blocks import axis_sizes, standard
 from shardtool.families.family import TRAINING_ONLY, describe_differences
+from shardtool.families.launch_flags import launch_flags, without_flag
 from shardtool.families.megatron_args import from_args, to_args
+from shardtool.families.refused import REFUSED
 from shardtool.families.registry import FAMILIES, family_of, infer_family
 from shardtool.families.rope import read_rope, write_rope
 from shardtool.layout.huggingface import huggingface_layout
@@ -81,23 +83,29 @@ def agree(a: Architecture, config) -> None:
     assert a.num_heads == config.num_attention_heads
     assert a.vocab_size == config.vocab_size
     assert a.max_positions == config.max_position_embeddings
-    assert a.tied == config.tie_word_embeddings
+    assert (a.tied or (a.folded is not None and a.folded.tied)) == config.tie_word_embeddings
     if a.family == "gpt2":
         assert a.ffn_size == (config.n_inner or 4 * config.n_embd)
         assert a.norm_eps == config.layer_norm_epsilon
         assert (a.attention_dropout, a.hidden_dropout) == (config.attn_pdrop, config.resid_pdrop)
         assert {"gelu_tanh": "gelu_new", "gelu": "gelu"}[a.activation] == config.activation_function
         return
+    if a.family == "opt":
+        assert a.ffn_size == config.ffn_dim
+        assert a.activation == config.activation_function
+        assert (a.attention_dropout, a.hidden_dropout) == (config.attention_dropout, config.dropout)
+        return
     if hasattr(config, "intermediate_size"):  # not where every layer has experts
         assert a.ffn_size == config.intermediate_size
-    names = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
+    names = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")
     assert a.norm_eps == next(getattr(config, name) for name in names if hasattr(config, name))
-    assert a.num_query_groups == config.num_key_value_heads
+    assert a.num_query_groups == getattr(config, "num_key_value_heads", config.num_attention_heads)
     if not a.mla:  # where head_dim is another name for the rope dims
         assert a.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     assert a.activation == {"gelu_pytorch_tanh": "gelu_tanh"}.get(config.hidden_act, config.hidden_act)
     assert a.rope is not None
     assert a.rope.theta == config.rope_parameters["rope_theta"]
+    assert a.rope.fraction == config.rope_parameters.get("partial_rotary_factor", 1.0)
     kind = a.rope.scaling.kind if a.rope.scaling else "default"
     assert kind == config.rope_parameters["rope_type"]
     if a.rope.scaling:
@@ -174,11 +182,24 @@ def test_biases_on_every_linear():
         ("mistral", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "changes from layer to layer"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
         ("llama", {"quantization_config": {"bits": 4}}, "unknown method"),
-        ("llama", {"hidden_act": "gelu"}, "activation gelu"),
-        ("gpt2", {"activation_function": "relu"}, "activation relu"),
+        ("llama", {"hidden_act": "relu"}, "activation relu"),
+        ("starcoder2", {"hidden_act": "silu"}, "activation silu"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scaled by the layer's number"),
         ("gpt2", {"scale_attn_weights": False}, "not scaled"),
         ("gpt2", {"add_cross_attention": True}, "cross attention"),
+        ("gemma", {"attention_bias": True}, "a bias on q, k, v and o without one in the MLP"),
+        ("gemma", {"use_bidirectional_attention": True}, "causal"),
+        ("nemotron", {"attention_bias": True}, "attention_bias and mlp_bias differ"),
+        ("nemotron", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ("granite", {"mlp_bias": True}, "attention_bias and mlp_bias differ"),
+        ("granite", {"residual_multiplier": 0.0}, "a multiplier of 0"),
+        ("granitemoe", {"attention_bias": True}, "attention_bias and mlp_bias differ"),
+        ("opt", {"do_layer_norm_before": False}, "norms come after attention and MLP"),
+        ("opt", {"word_embed_proj_dim": 32}, "embeddings are projected"),
+        ("opt", {"_remove_final_layer_norm": True}, "no norm after the last layer"),
+        ("opt", {"layer_norm_elementwise_affine": False}, "norms have no weights"),
+        ("gpt_neox", {"use_parallel_residual": True}, "read the same input"),
+        ("gpt_neox", {"attention_bias": False}, "attention_bias is off"),
     ],
 )
 def test_refusals_name_the_reason(name, changes, message):
@@ -198,11 +219,73 @@ def test_a_value_that_is_none_of_the_known_ones():
 
 def test_an_unknown_architecture_names_the_known_ones():
     with pytest.raises(UsageError, match="unknown architecture") as error:
-        family_of({"model_type": "bloom", "architectures": ["BloomForCausalLM"]})
+        family_of({"model_type": "acorn", "architectures": ["AcornForCausalLM"]})
     for name in DENSE:
         assert name in str(error.value.expected)
-    assert "bloom" in str(error.value.found)
+    assert "acorn" in str(error.value.found)
     assert family_of({"architectures": ["Qwen2ForCausalLM"]}).model_type == "qwen2"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("bloom", "ALiBi"), ("mpt", "ALiBi"), ("falcon", "parallel residual"), ("phi", "parallel residual"),
+        ("cohere", "parallel residual"), ("gemma2", "soft-capped"), ("gemma3_text", "two bases"),
+        ("olmo2", "over all heads at once"), ("glm4", "norms come after"), ("hunyuan_v1_dense", "after rope"),
+        ("minimax", "lightning"), ("minimax_m2", "over all heads at once"), ("llama4", "chunked"), ("bert", "encoder"),
+        ("mamba", "state-space"), ("t5", "a decoder"),
+    ],
+)  # fmt: skip
+def test_what_megatron_core_cannot_express_is_refused_by_name_and_reason(model_type, reason):
+    with pytest.raises(UsageError, match=reason) as error:
+        family_of({"model_type": model_type, "architectures": ["AcornForCausalLM"]})
+    assert error.value.what.startswith(f"a {model_type} model cannot be converted: ")
+    assert error.value.where == "config.json"
+
+
+def test_no_family_is_refused():
+    assert not REFUSED.keys() & FAMILIES.keys()
+
+
+def test_gemmas_gelu_is_the_tanh_form():
+    assert read(config_of("gemma", hidden_act="gelu")) == read(CONFIGS["gemma"])
+
+
+BAICHUAN = {
+    "model_type": "baichuan", "architectures": ["BaichuanForCausalLM"], "hidden_size": 64, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "intermediate_size": 96, "max_position_embeddings": 4096, "vocab_size": 64000,
+}  # fmt: skip
+
+
+def test_both_baichuans():
+    first, second = read(BAICHUAN), read({**BAICHUAN, "vocab_size": 125696})
+    assert first.folded is None
+    assert second.folded == Folded(normalised_head=True)
+    assert read({**BAICHUAN, "z_loss_weight": 0}).folded == second.folded
+    for a in (first, second, replace(second, vocab_size=120)):
+        assert read(FAMILIES["baichuan"].write_config(a, "bfloat16")) == a
+    for changes, reason in (
+        ({"vocab_size": 125700}, "a vocabulary of 125700 tokens"),
+        ({"num_attention_heads": 40, "hidden_size": 320}, "ALiBi"),
+        ({"vocab_size": 125696, "tie_word_embeddings": True}, "a normalised head"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            read({**BAICHUAN, **changes})
+    with pytest.raises(UsageError, match="ALiBi"):
+        read({key: value for key, value in BAICHUAN.items() if key != "max_position_embeddings"})
+
+
+def test_granites_factors():
+    """A factor of one, and a softmax scale of its default, are those of Llama."""
+    plain = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
+    a = read(config_of("granite", **plain, attention_multiplier=8**-0.5))
+    assert (a.folded, a.softmax_scale, a.tied) == (None, None, True)
+    a = read(config_of("granite", embedding_multiplier=1.0))
+    assert a.folded == Folded(residual=0.22, logits_divisor=8.0)
+    assert a.tied
+    a = read(CONFIGS["granite"])
+    assert a.folded == Folded(12.0, residual=0.22, logits_divisor=8.0, tied=True)
+    assert not a.tied
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,10 +298,16 @@ def test_the_megatron_side_is_the_standard_one(name):
     a = read(CONFIGS[name])
 
     def megatron_side(rules):
-        return {rule.megatron: (rule.equation.right, rule.tp, rule.tied_copy) for rule in rules}
+        """By key; a family's rule may make several tensors of one."""
+        keys = [key for rule in rules for key in (rule.megatron, *(key for key, _ in rule.derived))]
+        assert len(set(keys)) == len(keys)
+        return {
+            key: (rule.target, rule.tp, rule.tied_copy)
+            for rule in rules
+            for key in (rule.megatron, *(key for key, _ in rule.derived))
+        }
 
     rules = family_of(CONFIGS[name]).rules(a)
-    assert len({rule.megatron for rule in rules}) == len(rules)
     assert megatron_side(rules) == megatron_side(standard(a))
 
 
@@ -250,6 +339,14 @@ VARIANTS = {
     "sliding": config_of("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0),
     "odd_theta": config_of("llama", rope_theta=12345.5),
     "odd_factor": config_of("llama", rope_scaling={"rope_type": "linear", "factor": 2.5}),
+    "geglu": config_of("llama", hidden_act="gelu_pytorch_tanh"),
+    "erf_geglu": config_of("llama", hidden_act="gelu"),
+    "relu": config_of("gpt2", activation_function="relu"),
+    "nemotron_biases": config_of("nemotron", attention_bias=True, mlp_bias=True),
+    "granite_biases": config_of("granite", attention_bias=True, mlp_bias=True),
+    "granite_untied": config_of("granite", tie_word_embeddings=False),
+    "opt_gelu": config_of("opt", activation_function="gelu", enable_bias=False),
+    "baichuan2": {**BAICHUAN, "vocab_size": 125696},
 }
 
 
@@ -257,6 +354,24 @@ VARIANTS = {
 def test_args_say_the_same_model(name):
     a = read(VARIANTS[name])
     assert through_args(a) == a
+
+
+def test_what_no_flag_of_megatron_lm_says():
+    """The model converts; what its launch needs besides is said."""
+    for name, words in (
+        ("gemma", "bias_activation_fusion=True"), ("erf_geglu", "bias_activation_fusion=False"), ("opt", "functional.relu"),
+        ("granite", "softmax_scale=0.0625"),
+    ):  # fmt: skip
+        (line,) = without_flag(read(VARIANTS[name]))
+        assert words in line
+        flags = " ".join(launch_flags(read(VARIANTS[name]), Mesh(), "bfloat16", divisible_by=128, fmt="torch"))
+        assert ("--swiglu" in flags) == (name == "granite")
+    for name in ("llama", "gpt2", "nemotron", "mixtral"):
+        assert without_flag(read(CONFIGS[name])) == ()
+    flags = launch_flags(read(CONFIGS["nemotron"]), Mesh(), "bfloat16", divisible_by=128, fmt="torch")
+    assert {"--squared-relu", "--apply-layernorm-1p"} <= set(flags)
+    flags = launch_flags(read(CONFIGS["opt"]), Mesh(), "bfloat16", divisible_by=128, fmt="torch")
+    assert {"--max-position-embeddings 258", "--seq-length 256"} <= set(flags)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +432,7 @@ def test_rope_kinds():
         ({"num_layers": None}, "do not say what model it is"),
         ({"window_size": (7, 3)}, "not causal"),
         ({"position_embedding_type": "relative"}, "position embedding is not converted"),
-        ({"squared_relu": True}, "squared ReLU"),
+        ({"hf_folded": {"embeddings": 2.0}}, "damaged"),
     ],
 )
 def test_args_that_are_refused(changes, message):

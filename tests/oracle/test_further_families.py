@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from commands import command, convert, done
 from faults import edit_args, edit_tensors
 
-FAMILIES = ["phi3", "glm", "seed_oss", "smollm3", "ernie4_5", "stablelm", "starcoder2", "deepseek_v2_lite"]
+FAMILIES = ["phi3", "glm", "seed_oss", "smollm3", "ernie4_5", "stablelm", "starcoder2", "deepseek_v2_lite", "opt", "gpt_neox"]
 LAYOUTS = [
     ("torch", "te", ("--tp", "2", "--pp", "2")),
     ("torch", "local", ("--tp", "4", "--pp", "2", "--vpp", "2")),
@@ -59,6 +59,8 @@ FAULTS: dict[str, Callable[[Path], None]] = {
     "ernie4_5": lambda m: edit_args(m, rotary_interleaved=False),
     "stablelm": lambda m: edit_args(m, rotary_percent=0.5),
     "starcoder2": lambda m: edit_args(m, window_size=(8, 0)),
+    "opt": lambda m: edit_tensors(m, "position_embeddings.weight", lambda t: t.roll(2, 0)),  # as they are stored
+    "gpt_neox": lambda m: edit_args(m, bias_gelu_fusion=True),
     "deepseek_v2_lite": lambda m: edit_args(m, moe_router_pre_softmax=False),
 }
 

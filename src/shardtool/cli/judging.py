@@ -64,13 +64,17 @@ def args(
     """The Megatron-LM launch flags that this model needs."""
     from shardtool.checkpoint.megatron import Megatron  # noqa: PLC0415
     from shardtool.convert import flags_of  # noqa: PLC0415
+    from shardtool.families.launch_flags import without_flag  # noqa: PLC0415
     from shardtool.verify.judge import open_side  # noqa: PLC0415
 
     side = open_side(checkpoint(ckpt))
     megatron = isinstance(side, Megatron)
     flags = flags_of(side, Mesh(tp, pp), stored_only=megatron and not every)
     lines = ["--use-checkpoint-args", *flags] if megatron and not every else flags
-    data: dict[str, Any] = {"checkpoint": ckpt, "flags": lines}
+    needed = without_flag(side.architecture if isinstance(side, Megatron) else side.opened.architecture)
+    data: dict[str, Any] = {"checkpoint": ckpt, "flags": lines, "without_flag": list(needed)}
+    for line in needed:
+        console.say(f"note: {line}")
     console.result(data, [" \\\n".join(lines)])
 
 

@@ -81,10 +81,30 @@ class LinearAttention:
 
 
 @dataclass(frozen=True, slots=True)
+class Folded:
+    """What a Hugging Face model computes in its forward pass and Megatron's weights contain instead.
+
+    `embedding` multiplies the embedded tokens (`rounded`: first rounded to the weights' dtype, as the model does it),
+    `residual` what attention and MLP add to the residual stream; `logits_divisor` divides the logits, and
+    `normalised_head` divides each row of the head by its norm. `tied`: embedding and head are one tensor there; with a
+    factor in one of them Megatron has them apart.
+    """
+
+    embedding: float = 1.0
+    rounded: bool = False
+    residual: float = 1.0
+    logits_divisor: float = 1.0
+    normalised_head: bool = False
+    tied: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """A decoder-only transformer. Sizes are whole-model sizes; `vocab_size` is the true one, without padding.
 
-    `rope` None means learned absolute positions. `window` is the number of tokens that a token sees, itself included
+    `rope` None means learned absolute positions; behind them the table of positions may have `spare_positions` rows that
+    no token uses. `softmax_scale` None means one over the root of the head dim. `tied` is Megatron's: see `Folded`.
+    `window` is the number of tokens that a token sees, itself included
     (Hugging Face `sliding_window`; megatron-core's `window_size=(window - 1, 0)`).
     """
 
@@ -99,7 +119,7 @@ class Architecture:
     max_positions: int
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
     gated: bool = True
     qkv_bias: bool = False
     linear_bias: bool = False  # every linear of the layer has a bias, qkv included
@@ -115,6 +135,9 @@ class Architecture:
     mtp_layers: int = 0  # multi-token-prediction layers after the last layer
     output_gate: bool = False  # attention's output is multiplied by the sigmoid of a further projection
     linear: LinearAttention | None = None
+    spare_positions: int = 0
+    softmax_scale: float | None = None
+    folded: Folded | None = None
     centred_norms: bool = False  # Megatron stores norms as gamma - 1 (Transformer Engine's alone): no other function
 
     @property

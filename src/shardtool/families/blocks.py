@@ -1,10 +1,11 @@
 """The Megatron side of the tables, and the equations that several families use.
 
 A row of a table is (Hugging Face names, equation, Megatron key, axis that tp shards). Axes: l layer, v vocabulary,
-p position, h hidden, g query group, q query head in its group, d head dim, f MLP rows; e expert, x rows of an expert,
-s rows of the shared expert; n attention head, k query dims, u key and value dims, w value dims of a head (latent
-attention), y query rank, z key-value rank, j rows of the key-value down projection; m MTP layer, o hidden as output,
-i both inputs of an MTP layer; t key head, r value head of a key head, a key dim, b value dim, c kernel (linear attention).
+p position, spare rows of positions, h hidden, g query group, q query head in its group, d head dim, f MLP rows;
+e expert, x rows of an expert, s rows of the shared expert; n attention head, k query dims, u key and value dims,
+w value dims of a head (latent attention), y query rank, z key-value rank, j rows of the key-value down projection;
+m MTP layer, o hidden as output, i both inputs of an MTP layer; t key head, r value head of a key head, a key dim,
+b value dim, c kernel (linear attention).
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from shardtool.families.architecture import Architecture
-from shardtool.layout.codecs import CENTRED
+from shardtool.families.architecture import Architecture, Folded
+from shardtool.layout.codecs import CENTRED, Affine, Codec
 from shardtool.layout.rules import Rule, rule
 
 Row = tuple[str | tuple[str, ...], str, str, str | None]
@@ -31,6 +32,8 @@ DOWN     = "h f -> h f"
 HIDDEN   = "h -> h"
 HEAD     = "d -> d"
 VOCAB    = "v h -> v h"
+POSITION = "p h -> p h"
+SPARE_POSITION = "(p + spare) h -> (p + spare) h"
 STACKED_QKV = "(g q d + g d + g d) h -> (g (q d + d + d)) h"
 STACKED_QKV_BIAS = "(g q d + g d + g d) -> (g (q d + d + d))"
 STACKED_GLU = "(f + f) h -> (f + f) h"
@@ -70,6 +73,24 @@ def embedding(
     if tied:
         return (rule(name, VOCAB, EMBEDDING, "v", copies=(head,), tied_copy=OUTPUT, aliases=(*aliases, *head_aliases)),)
     return (rule(name, VOCAB, EMBEDDING, "v", aliases=aliases), rule(head, VOCAB, OUTPUT, "v", aliases=head_aliases))
+
+
+def scaled_embedding(name: str, head: str, folded: Folded) -> tuple[Rule, ...]:
+    """Input embedding, which the model multiplies by a factor, and head; in Megatron always two tensors.
+
+    Tied: the head is the tensor as it is, so that it goes back unchanged, and the embedding is derived from it.
+    """
+    scale = Affine(folded.embedding, inverse=folded.tied, rounded=folded.rounded)
+    if folded.tied:
+        return (rule(name, VOCAB, OUTPUT, "v", copies=(head,), derived=((EMBEDDING, scale),)),)
+    return (rule(name, VOCAB, EMBEDDING, "v", codecs=(scale,)), rule(head, VOCAB, OUTPUT, "v"))
+
+
+def with_codec(rules: Iterable[Rule], codec: Codec, *keys: str) -> tuple[Rule, ...]:
+    """The rules, those whose Megatron key ends in one of `keys` with a codec on each Hugging Face tensor."""
+    return tuple(
+        replace(one, codecs=(codec,) * len(one.hf)) if one.megatron.endswith(keys) else one for one in rules
+    )
 
 
 def layers(
@@ -310,7 +331,8 @@ def standard(a: Architecture, moe_rows: list[Row] | None = None) -> tuple[Rule, 
     if a.norm == "layer":
         rules.append(rule("model.norm.bias", HIDDEN, FINAL_NORM + ".bias"))
     if a.rope is None:
-        rules.append(rule("model.embed_positions.weight", "p h -> p h", POSITIONS))
+        positions = SPARE_POSITION if a.spare_positions else POSITION
+        rules.append(rule("model.embed_positions.weight", positions, POSITIONS))
     return tuple(replace(item, mtp_start=a.num_layers) for item in rules)  # MTP layers are numbered on
 
 
@@ -320,6 +342,7 @@ def axis_sizes(a: Architecture) -> dict[str, int]:
         "l": a.num_layers,
         "v": a.vocab_size,
         "p": a.max_positions,
+        "spare": a.spare_positions,
         "h": a.hidden_size,
         "g": a.num_query_groups,
         "q": a.num_heads // a.num_query_groups,

@@ -114,9 +114,12 @@ class Family:
 def describe_differences(a: Architecture, b: Architecture, ignore: frozenset[str] = frozenset()) -> list[str]:
     """One line per field in which two architectures differ.
 
-    The size of a dense MLP counts only where there is one. How norms are stored is no difference of the model.
+    The size of a dense MLP counts only where there is one. How norms are stored is no difference of the model, and
+    neither is which rows of an equally long table of positions are spare.
     """
     ignore |= {"centred_norms"}
+    if a.max_positions + a.spare_positions == b.max_positions + b.spare_positions:
+        ignore |= {"max_positions", "spare_positions"}
     if a.moe and b.moe and len(a.moe_layers) == a.num_layers and len(b.moe_layers) == b.num_layers:
         ignore |= {"ffn_size"}
     ours, theirs = asdict(a), asdict(b)
@@ -133,10 +136,10 @@ def describe_differences(a: Architecture, b: Architecture, ignore: frozenset[str
 
 
 def _refuse_activation(a: Architecture) -> str | None:
-    """Megatron-LM has flags for SwiGLU and for GELU (arguments.py 0.16); its args could not say anything else."""
-    known = ("silu",) if a.gated else ("gelu", "gelu_tanh")
+    """What the args of a Megatron checkpoint can say (families.megatron_args)."""
+    known = ("silu", "gelu", "gelu_tanh") if a.gated else ("gelu", "gelu_tanh", "relu", "relu2")
     if a.activation not in known:
-        return f"its MLP has the activation {a.activation}; Megatron-LM has {' and '.join(known)} there"
+        return f"its MLP has the activation {a.activation}; Megatron's args can say {', '.join(known)} there"
     return None
 
 

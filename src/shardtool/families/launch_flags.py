@@ -26,13 +26,14 @@ def launch_flags(
             if a.num_query_groups != a.num_heads
             else []
         ),
-        f"--max-position-embeddings {a.max_positions}",
+        f"--max-position-embeddings {a.max_positions + a.spare_positions}",
         f"--seq-length {a.max_positions}",
         f"--position-embedding-type {'rope' if a.rope else 'learned_absolute'}",
         *([f"--rotary-base {whole(a.rope.theta)}", f"--rotary-percent {a.rope.fraction}"] if a.rope else []),
         *([] if a.linear_bias else ["--disable-bias-linear"]),
         *(["--add-qkv-bias"] if a.qkv_bias else []),
-        *(["--swiglu"] if a.gated else []),
+        *(["--swiglu"] if a.gated and a.activation == "silu" else []),
+        *(["--squared-relu"] if a.activation == "relu2" else []),
         *([] if a.tied else ["--untie-embeddings-and-output-weights"]),
         f"--normalization {'RMSNorm' if a.norm == 'rms' else 'LayerNorm'}",
         *(["--apply-layernorm-1p"] if a.centred_norms else []),
@@ -72,6 +73,26 @@ def launch_flags(
         *({"bfloat16": ["--bf16"], "float16": ["--fp16"]}.get(dtype, [])),
     ]
     return not_read_back if stored_only else read_back + not_read_back
+
+
+def without_flag(a: Architecture) -> tuple[str, ...]:
+    """What this model needs of TransformerConfig and no flag of Megatron-LM (to 0.19) sets, a line each.
+
+    They have SwiGLU, GELU, squared ReLU and quick GEGLU; softmax_scale and gated_linear_unit are left out on purpose
+    (arguments.py `exclude`).
+    """
+    needed = []
+    if a.activation == "relu":
+        needed.append("activation_func=torch.nn.functional.relu")
+    if a.gated and a.activation in ("gelu", "gelu_tanh"):
+        # F.gelu is the tanh form in megatron-core's fused function alone (fusions/fused_bias_geglu.py)
+        fused = a.activation == "gelu_tanh"
+        needed.append(
+            f"gated_linear_unit=True, activation_func=torch.nn.functional.gelu, bias_activation_fusion={fused}"
+        )
+    if a.softmax_scale is not None:
+        needed.append(f"softmax_scale={a.softmax_scale!r}")
+    return tuple(f"TransformerConfig needs {item}, for which Megatron-LM has no flag" for item in needed)
 
 
 def _moe_flags(a: Architecture) -> list[str]:

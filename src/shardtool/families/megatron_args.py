@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Literal
 
 from shardtool.errors import CheckpointError
 from shardtool.families.architecture import (
     Architecture,
+    Folded,
     LatentAttention,
     LinearAttention,
     MixtureOfExperts,
@@ -23,7 +25,11 @@ from shardtool.layout.mesh import Mesh, virtual_stages
 
 Args = Mapping[str, Any]
 
-FAMILY_NAME = "hf_model_type"  # our own entry in args: the Hugging Face family that the checkpoint came from
+# our own entries in args: the Hugging Face family that the checkpoint came from, and what Megatron-LM has no name for
+FAMILY_NAME = "hf_model_type"
+HIDDEN_ACT = "hf_hidden_act"
+FOLDED = "hf_folded"
+SPARE_POSITIONS = "hf_spare_positions"
 
 NOT_CONVERTED = {
     "hybrid_override_pattern": "hybrid layers",
@@ -31,7 +37,6 @@ NOT_CONVERTED = {
     "linear_attention_type": "linear attention",
     "heterogeneous_layers_config_path": "heterogeneous layers",
     "heterogeneous_layers_config_encoded_json": "heterogeneous layers",
-    "squared_relu": "squared ReLU",
     "window_attn_skip_freq": "a window on some layers only",
 }
 
@@ -51,7 +56,7 @@ def to_args(
         "kv_channels": a.head_dim,
         "group_query_attention": a.num_query_groups != a.num_heads,
         "num_query_groups": a.num_query_groups,
-        "max_position_embeddings": a.max_positions,
+        "max_position_embeddings": a.max_positions + a.spare_positions,
         "seq_length": a.max_positions,
         "position_embedding_type": "rope" if a.rope else "learned_absolute",
         "add_position_embedding": True,
@@ -65,7 +70,7 @@ def to_args(
         "add_bias_linear": a.linear_bias,
         "add_qkv_bias": a.qkv_bias,
         "swiglu": a.gated and a.activation == "silu",
-        "squared_relu": False,
+        "squared_relu": a.activation == "relu2",
         "openai_gelu": False,
         "bias_gelu_fusion": a.activation == "gelu_tanh",
         "untie_embeddings_and_output_weights": not a.tied,
@@ -81,6 +86,7 @@ def to_args(
         "padded_vocab_size": padded,
         "make_vocab_size_divisible_by": divisible_by,
         "no_rope_freq": [int(layer in a.no_rope_layers) for layer in range(a.num_layers)] if a.no_rope_layers else None,
+        **_unnamed(a),
         **_moe_args(a),
         **mla_args(a),
         "attention_output_gate": a.output_gate,
@@ -112,6 +118,23 @@ def to_args(
         "no_save_rng": True,
         FAMILY_NAME: a.family,
     }
+
+
+def _unnamed(a: Architecture) -> dict[str, Any]:
+    """What Megatron-LM 0.16 has no arguments for: fields of TransformerConfig, which it takes over from args of the
+    same name (arguments.py core_transformer_config_from_args), and entries of our own."""
+    found: dict[str, Any] = {}
+    if a.gated and a.activation != "silu":
+        found["gated_linear_unit"] = True
+    if found or a.activation == "relu":
+        found[HIDDEN_ACT] = a.activation
+    if a.softmax_scale is not None:
+        found["softmax_scale"] = a.softmax_scale
+    if a.folded is not None:
+        found[FOLDED] = asdict(a.folded)
+    if a.spare_positions:
+        found[SPARE_POSITIONS] = a.spare_positions
+    return found
 
 
 def _moe_args(a: Architecture) -> dict[str, Any]:
@@ -298,16 +321,14 @@ def from_args(args: Args) -> Architecture:
             )
     heads, hidden = args["num_attention_heads"], args["hidden_size"]
     linear_bias = bool(args.get("add_bias_linear", not args.get("disable_bias_linear", False)))
-    gated = bool(args.get("swiglu"))
+    gated = bool(args.get("swiglu") or args.get("gated_linear_unit"))
     ffn = args.get("ffn_hidden_size") or (int((4 * hidden * 2 / 3) / 64) * 64 if gated else 4 * hidden)
     window = args.get("window_size")
     if window is not None and (len(window) != 2 or window[1] != 0):
         raise CheckpointError(
             "the attention window is not causal", where="args", expected="window_size (W, 0)", found=repr(window)
         )
-    # megatron-core's F.gelu is the tanh form under bias_gelu_fusion (fusions/fused_bias_gelu.py), erf without it
-    fused = args.get("bias_gelu_fusion", True) and args.get("add_bias_linear", True)
-    gelu = "gelu_tanh" if args.get("openai_gelu") or fused else "gelu"
+    spare = args.get(SPARE_POSITIONS) or 0
     return Architecture(
         family=str(args.get(FAMILY_NAME) or ""),
         num_layers=args["num_layers"],
@@ -317,10 +338,10 @@ def from_args(args: Args) -> Architecture:
         head_dim=args.get("kv_channels") or hidden // heads,
         ffn_size=ffn,
         vocab_size=args.get("vocab_size") or args.get("padded_vocab_size") or 0,
-        max_positions=args.get("max_position_embeddings") or args.get("seq_length") or 0,
+        max_positions=(args.get("max_position_embeddings") or args.get("seq_length") or 0) - spare,
         norm="rms" if args.get("normalization", "LayerNorm") == "RMSNorm" else "layer",
         norm_eps=args.get("norm_epsilon", args.get("layernorm_epsilon", 1e-5)),
-        activation="silu" if gated else gelu,  # type: ignore[arg-type]  # one of the two literals above
+        activation=_activation(args),
         gated=gated,
         qkv_bias=bool(args.get("add_qkv_bias")) and not linear_bias,  # a bias on every linear includes qkv
         linear_bias=linear_bias,
@@ -334,10 +355,38 @@ def from_args(args: Args) -> Architecture:
         mtp_layers=args.get("mtp_num_layers") or 0,
         output_gate=bool(args.get("attention_output_gate")),
         linear=_linear(args),
+        spare_positions=spare,
+        softmax_scale=args.get("softmax_scale"),
+        folded=_folded(args),
         centred_norms=bool(args.get("apply_layernorm_1p")),
         attention_dropout=args.get("attention_dropout") or 0.0,
         hidden_dropout=args.get("hidden_dropout") or 0.0,
     )
+
+
+def _activation(args: Args) -> Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]:
+    if args.get("swiglu"):
+        return "silu"
+    if args.get("squared_relu"):
+        return "relu2"
+    named = args.get(HIDDEN_ACT)
+    if named in ("gelu", "gelu_tanh", "relu"):
+        return named  # type: ignore[no-any-return]  # one of the literals
+    # megatron-core's F.gelu is the tanh form under bias_gelu_fusion (fusions/fused_bias_gelu.py), erf without it
+    fused = args.get("bias_gelu_fusion", True) and args.get("add_bias_linear", True)
+    return "gelu_tanh" if args.get("openai_gelu") or fused else "gelu"
+
+
+def _folded(args: Args) -> Folded | None:
+    found = args.get(FOLDED)
+    if found is None:
+        return None
+    try:
+        return Folded(**found)
+    except TypeError as error:
+        raise CheckpointError(
+            "the checkpoint's args are damaged", where=f"args: {FOLDED}", found=f"{found!r}: {error}"
+        ) from error
 
 
 def _rope(args: Args) -> Rope | None:

@@ -12,13 +12,18 @@ from shardtool.families import (
     chatglm,
     deepseek_v2,
     deepseek_v3,
+    gemma,
     glm,
     gpt2,
+    gpt_neox,
+    granite,
     internlm2,
     llama,
     llama_like,
     mistral,
     mixtral,
+    nemotron,
+    opt,
     phi3,
     qwen,
     qwen2,
@@ -29,6 +34,7 @@ from shardtool.families import (
 )
 from shardtool.families.architecture import Architecture
 from shardtool.families.family import Family
+from shardtool.families.refused import REFUSED
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -59,18 +65,29 @@ FAMILIES: dict[str, Family] = {
         internlm2.FAMILY,
         baichuan.FAMILY,
         chatglm.FAMILY,
+        gemma.FAMILY,
+        nemotron.FAMILY,
+        granite.GRANITE,
+        granite.GRANITE_MOE,
+        opt.FAMILY,
+        gpt_neox.FAMILY,
     )
 }
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json, by model_type, else by architectures; UsageError naming the known ones."""
+    """The family of a config.json, by model_type, else by architectures.
+
+    UsageError with the reason for one that megatron-core cannot express, naming the known ones otherwise.
+    """
     if family := FAMILIES.get(str(config.get("model_type"))):
         return family
     classes = config.get("architectures") or []
     for family in FAMILIES.values():
         if family.architecture in classes:
             return family
+    if reason := REFUSED.get(str(config.get("model_type"))):
+        raise UsageError(f"a {config['model_type']} model cannot be converted: {reason}", where="config.json")
     raise UsageError(
         "unknown architecture",
         where="config.json",

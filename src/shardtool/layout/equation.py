@@ -6,8 +6,9 @@ A side is a list of tensors, separated by commas. A tensor is a list of dims, se
 or a parenthesised product of axes (row-major: the last varies fastest) and parenthesised sums of products; `1` is one
 element, so that `(f (1 + 1))` alternates two components.
 Every choice of one term per sum is one *component*; components are numbered from left to right, and component k of
-the left side is component k of the right side. Sums and products are affine, so a component is one strided view of
-its tensor: `address = offset + sum(stride[axis] * index[axis])`.
+the left side is component k of the right side. Where their axes do not agree in that order but do in another, the axes
+decide: `(r + p) h -> (p + r) h` exchanges two parts. Sums and products are affine, so a component is one strided view
+of its tensor: `address = offset + sum(stride[axis] * index[axis])`.
 """
 
 from __future__ import annotations
@@ -61,11 +62,19 @@ class DimView:
 
 @dataclass(frozen=True, slots=True)
 class Equation:
-    """Two sides that hold the same components."""
+    """Two sides that hold the same components. `order` gives the left side's number of each component of the right."""
 
     left: tuple[Tensor, ...]
     right: tuple[Tensor, ...]
     text: str
+    order: tuple[int, ...]
+
+    def components(self, side: int, tensor: int) -> tuple[int, ...]:
+        """The numbers of the components in tensor number `tensor` of the left side (0) or the right (1), in its order."""
+        tensors = self.right if side else self.left
+        start = sum(other.components for other in tensors[:tensor])
+        numbers = range(start, start + tensors[tensor].components)
+        return tuple(self.order[number] for number in numbers) if side else tuple(numbers)
 
 
 @cache
@@ -82,13 +91,22 @@ def parse(text: str) -> Equation:
     axes_left, axes_right = ([axes for tensor in side for axes in _component_axes(tensor)] for side in (left, right))
     if len(axes_left) != len(axes_right):
         raise ValueError(f"{len(axes_left)} components on the left, {len(axes_right)} on the right: {text!r}")
-    for number, (ours, theirs) in enumerate(zip(axes_left, axes_right, strict=True)):
-        for axes in (ours, theirs):
-            if len(set(axes)) != len(axes):
-                raise ValueError(f"component {number} has an axis twice: {text!r}")
-        if set(ours) != set(theirs):
-            raise ValueError(f"component {number} has axes {sorted(ours)} and {sorted(theirs)}: {text!r}")
-    return Equation(left, right, text)
+    for number, axes in (*enumerate(axes_left), *enumerate(axes_right)):
+        if len(set(axes)) != len(axes):
+            raise ValueError(f"component {number} has an axis twice: {text!r}")
+    return Equation(left, right, text, _order(axes_left, axes_right, text))
+
+
+def _order(left: Sequence[Sequence[str]], right: Sequence[Sequence[str]], text: str) -> tuple[int, ...]:
+    """The left side's number of each component of the right side: the same, or the one with the same axes."""
+    ours, theirs = [frozenset(axes) for axes in left], [frozenset(axes) for axes in right]
+    if ours == theirs:
+        return tuple(range(len(ours)))
+    numbers = {axes: number for number, axes in enumerate(ours)}
+    if len(numbers) == len(ours) and numbers.keys() == set(theirs):
+        return tuple(numbers[axes] for axes in theirs)
+    number = next(number for number, axes in enumerate(ours) if axes != theirs[number])
+    raise ValueError(f"component {number} has axes {sorted(ours[number])} and {sorted(theirs[number])}: {text!r}")
 
 
 @cache

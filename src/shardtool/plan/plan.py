@@ -206,16 +206,14 @@ def replicas(layout: Layout) -> Plan | None:
     return made
 
 
-def _components(layout: Layout, piece: Piece) -> range:
-    """The rule's component numbers that a piece holds."""
-    equation = layout.rules[piece.rule].equation
-    side = equation.right if layout.side else equation.left
-    start = sum(tensor.components for tensor in side[: piece.tensor]) + piece.first
-    return range(start, start + piece.dims.components)
+def _components(layout: Layout, piece: Piece) -> tuple[int, ...]:
+    """The rule's component numbers that a piece holds, in the order of the piece."""
+    found = layout.rules[piece.rule].equation.components(layout.side, piece.tensor)
+    return found[piece.first : piece.first + piece.dims.components]
 
 
-def _geometry(layout: Layout, piece: Piece, component: int) -> Geometry:
-    local = component - _components(layout, piece).start
+def _geometry(layout: Layout, piece: Piece, local: int) -> Geometry:
+    """The geometry of a piece's component, by its place in the piece."""
     axes = component_axes(piece.dims, local)
     sizes = tuple(sorted((axis, size) for axis, size in layout.stored_sizes(piece).items()))
     logical = tuple((axis, layout.sizes[axis]) for axis in axes)
@@ -263,8 +261,8 @@ def _views_by_rule(layout: Layout, pieces: Iterable[Piece]) -> dict[int, list[_V
     found: dict[int, list[_View]] = defaultdict(list)
     for piece in pieces:
         ids = {name.axis: name.ids for name in piece.names}
-        for component in _components(layout, piece):
-            found[piece.rule].append(_View(component, piece, _geometry(layout, piece, component), ids))
+        for local, component in enumerate(_components(layout, piece)):
+            found[piece.rule].append(_View(component, piece, _geometry(layout, piece, local), ids))
     return found
 
 
@@ -344,8 +342,7 @@ def _padding(layout: Layout, piece: Piece) -> Iterator[_View]:
     for axis, size in layout.allocated.items():
         if size == layout.sizes[axis]:
             continue
-        for component in _components(layout, piece):
-            local = component - _components(layout, piece).start
+        for local, component in enumerate(_components(layout, piece)):
             axes = component_axes(piece.dims, local)
             if axis not in axes:
                 continue

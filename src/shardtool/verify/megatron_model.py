@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core import parallel_state
+from megatron.core.activations import squared_relu
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -31,7 +32,7 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu}
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "relu2": squared_relu}
 
 
 def transformer_config(arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
@@ -57,6 +58,7 @@ def transformer_config(arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> Tr
         add_bias_linear=arch.linear_bias,
         add_qkv_bias=arch.qkv_bias or arch.linear_bias,
         qk_layernorm=arch.qk_norm,
+        softmax_scale=arch.softmax_scale,
         rotary_interleaved=arch.rope is not None and arch.rope.interleaved,
         # W visible tokens are the token itself and W - 1 before it
         window_size=None if arch.window is None else (arch.window - 1, 0),
@@ -274,7 +276,7 @@ def build_stage(arch: Architecture, mesh: Mesh, chunk: Chunk, dtype: torch.dtype
             config,
             spec,
             vocab_size=padded_vocab,
-            max_sequence_length=arch.max_positions,
+            max_sequence_length=arch.max_positions + arch.spare_positions,
             pre_process=chunk.embedding,
             post_process=chunk.head,
             parallel_output=False,
