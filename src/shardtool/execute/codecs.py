@@ -29,10 +29,14 @@ class Change(NamedTuple):
 
 
 class Values(NamedTuple):
-    """A source whose elements are computed: its stored tensor, and the change of its values (None: as they are)."""
+    """A source whose elements are computed: its stored tensor, and the change of its values (None: as they are).
+
+    `scale_dtype` is the dtype to which scales are rounded that say so; empty: that of the stored tensor.
+    """
 
     stored: Stored
     change: Change | None
+    scale_dtype: str = ""
 
 
 def change(source: Codec | None, target: Codec | None) -> Change | None:
@@ -48,7 +52,7 @@ def read_values(values: Values, low: int, count: int, read: ReadBytes) -> Any:
     found = _stored_values(stored, start, stop - start, read)
     if values.change is not None:
         width = stored.shape[-1] if stored.shape else 1
-        found = apply(values.change, found, width, stored.dtype)
+        found = apply(values.change, found, width, stored.dtype, values.scale_dtype)
     return found[low - start : low - start + count]
 
 
@@ -63,18 +67,22 @@ def _unit(values: Values) -> int:
     return stored.shape[-1] if needs_rows or isinstance(stored.quantised, BlockScaled) else 1
 
 
-def apply(change: Change, values: Any, width: int, dtype: str) -> Any:
-    """The values of whole rows (of `width` elements) with a change applied; `dtype` is that of the source tensor."""
-    if change.decode is not None:
-        values = _decode(change.decode, values, width, dtype)
+def apply(change: Change, values: Any, width: int, dtype: str, scale_dtype: str = "") -> Any:
+    """The values of whole rows (of `width` elements) with a change applied; `dtype` is that of the source tensor.
+
+    `scale_dtype` is that of scales which are rounded; empty: the source's.
+    """
+    scale_dtype = scale_dtype or dtype
+    if isinstance(change.decode, Affine):
+        values = _affine(change.decode, values, scale_dtype, forward=not change.decode.inverse)
+    elif change.decode is not None:
+        values = _normalise(values, width, dtype)
     if isinstance(change.encode, Affine):
-        values = _affine(change.encode, values, dtype, forward=change.encode.inverse)
+        values = _affine(change.encode, values, scale_dtype, forward=change.encode.inverse)
     return values
 
 
-def _decode(codec: Codec, values: Any, width: int, dtype: str) -> Any:
-    if isinstance(codec, Affine):
-        return _affine(codec, values, dtype, forward=not codec.inverse)
+def _normalise(values: Any, width: int, dtype: str) -> Any:
     np = numpy()
     rows = values.reshape(-1, width)
     # the sum in fp64: a row that is normalised already has the norm 1 after rounding, and stays as it is

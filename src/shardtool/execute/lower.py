@@ -21,7 +21,7 @@ class Source(NamedTuple):
 
     `key` takes the source's ids, and `places` tells where these stand in the target's ids followed by those of the
     loops that the target's ids do not decide (`free`); `steps` what each of the target's ids adds to the offset;
-    `change` what happens to the values.
+    `change` what happens to the values. `imports`: from Hugging Face to Megatron.
     """
 
     copy: Copy
@@ -33,6 +33,7 @@ class Source(NamedTuple):
     steps: tuple[tuple[int, int], ...]
     free: tuple[Loop, ...]
     change: Change | None
+    imports: bool
 
     @property
     def columns(self) -> bool:
@@ -65,7 +66,8 @@ def tasks(plan: Plan, dtype_of: Callable[[Key], str]) -> Iterator[Task]:
         by_piece[id(copy.dst)].append(copy)
     for piece in plan.dst.pieces:
         shape = plan.dst.shape(piece)
-        held = [(_source(copy), _ids_of(copy)) for copy in by_piece[id(piece)]]
+        imports = plan.src.side < plan.dst.side
+        held = [(_source(copy, imports), _ids_of(copy)) for copy in by_piece[id(piece)]]
         everything = tuple(source for source, _ in held)
         whole = [frozenset(axis.ids) for axis in piece.names]
         all_alike = all(ids == whole for _, ids in held)
@@ -85,7 +87,7 @@ def _ids_of(copy: Copy) -> list[frozenset[int]]:
     return [loops[name.axis] for name in copy.dst.names]
 
 
-def _source(copy: Copy) -> Source:
+def _source(copy: Copy, imports: bool) -> Source:
     fixed = [name.axis for name in copy.dst.names]
     free = tuple(loop for loop in copy.loops if loop.axis not in fixed)
     order = [*fixed, *(loop.axis for loop in free)]
@@ -94,7 +96,7 @@ def _source(copy: Copy) -> Source:
     places = tuple(order.index(name.axis) for name in copy.src.names)
     steps = tuple(step for step in steps if step[1])
     changed = change(copy.src.codec, copy.dst.codec)
-    return Source(copy, shape, src_strides, dst_strides, copy.src.keyer(), places, steps, free, changed)
+    return Source(copy, shape, src_strides, dst_strides, copy.src.keyer(), places, steps, free, changed, imports)
 
 
 def source_keys(task: Task) -> Iterator[Key]:
@@ -115,19 +117,22 @@ def moves(task: Task, locate: Callable[[Key], Stored]) -> list[Move]:
             offset += task.ids[place] * step
         if not source.free:
             stored = locate(source.key(tuple([task.ids[place] for place in source.places])))
-            found.append(_move(source, stored, offset, copy.dst_offset))
+            found.append(_move(source, stored, offset, copy.dst_offset, task.dtype))
             continue
         for chosen in product(*(loop.ids for loop in source.free)):
             ids = (*task.ids, *chosen)
             stored = locate(source.key(tuple([ids[place] for place in source.places])))
             src = offset + sum(i * loop.src_stride for i, loop in zip(chosen, source.free, strict=True))
             dst = copy.dst_offset + sum(i * loop.dst_stride for i, loop in zip(chosen, source.free, strict=True))
-            found.append(_move(source, stored, src, dst))
+            found.append(_move(source, stored, src, dst, task.dtype))
     return found
 
 
-def _move(source: Source, stored: Stored, src: int, dst: int) -> Move:
-    values = Values(stored, source.change) if stored.quantised or source.change else None
+def _move(source: Source, stored: Stored, src: int, dst: int, dtype: str) -> Move:
+    """One copy into a tensor of `dtype` with its source found; scales are rounded to the dtype that Megatron has."""
+    values = None
+    if stored.quantised or source.change:
+        values = Values(stored, source.change, dtype if source.imports else stored.dtype)
     if stored.strides is None:
         return Move(
             stored.file, stored.offset, stored.dtype, source.shape, src, source.src_strides, dst, source.dst_strides,

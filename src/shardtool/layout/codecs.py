@@ -16,8 +16,8 @@ class Affine:
     """value = stored * scale + shift; stored = (value - shift) / scale.
 
     `inverse` exchanges the two, so that a stored tensor can be a product: stored = value * scale + shift. With
-    `rounded` the scale is first rounded to the dtype of the tensor that it multiplies, as models do that keep it as a
-    scalar tensor of their own dtype.
+    `rounded` the scale is first rounded to the dtype of the Megatron tensor, as models do that keep it as a scalar tensor
+    of the dtype in which they run.
     """
 
     scale: float = 1.0
