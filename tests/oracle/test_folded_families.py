@@ -78,7 +78,11 @@ def bf16_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     root = tmp_path_factory.mktemp("bf16")
 
     def get(name: str) -> Path:
-        return root / name if (root / name).exists() else tiny.build(CONFIGS / f"{name}.json", root / name, dtype="bfloat16")
+        return (
+            root / name
+            if (root / name).exists()
+            else tiny.build(CONFIGS / f"{name}.json", root / name, dtype="bfloat16")
+        )
 
     return get
 
@@ -128,9 +132,7 @@ def test_what_megatron_holds(bf16_model: Callable[[str], Path], tmp_path: Path) 
         megatron["decoder.layers.1.input_layernorm.weight"],
         (hf["model.layers.1.input_layernorm.weight"].float() + 1).bfloat16(),
     )
-    assert torch.equal(
-        megatron["decoder.layers.1.input_layernorm.bias"], hf["model.layers.1.input_layernorm.bias"]
-    )
+    assert torch.equal(megatron["decoder.layers.1.input_layernorm.bias"], hf["model.layers.1.input_layernorm.bias"])
     hf, megatron = held("granite", "te")
     tokens = hf["model.embed_tokens.weight"]
     assert torch.equal(megatron["embedding.word_embeddings.weight"][:120], (tokens.float() * 12).bfloat16())

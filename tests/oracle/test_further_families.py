@@ -12,7 +12,18 @@ from safetensors.torch import load_file
 from commands import command, convert, done
 from faults import edit_args, edit_tensors
 
-FAMILIES = ["phi3", "glm", "seed_oss", "smollm3", "ernie4_5", "stablelm", "starcoder2", "deepseek_v2_lite", "opt", "gpt_neox"]
+FAMILIES = [
+    "phi3",
+    "glm",
+    "seed_oss",
+    "smollm3",
+    "ernie4_5",
+    "stablelm",
+    "starcoder2",
+    "deepseek_v2_lite",
+    "opt",
+    "gpt_neox",
+]
 LAYOUTS = [
     ("torch", "te", ("--tp", "2", "--pp", "2")),
     ("torch", "local", ("--tp", "4", "--pp", "2", "--vpp", "2")),

@@ -168,7 +168,11 @@ def test_parts_that_change_places():
     assert (equation.components(0, 0), equation.components(1, 0)) == ((0, 1), (1, 0))
     assert parse("(f + f) h -> (f + f) h").order == (0, 1)
     assert parse("a, b, c -> (c + a + b)").components(1, 0) == (2, 0, 1)
-    layout = [view(side[0], local, {"r": 2, "p": 5, "h": 3})[0] for side in (equation.left, equation.right) for local in (0, 1)]
+    layout = [
+        view(side[0], local, {"r": 2, "p": 5, "h": 3})[0]
+        for side in (equation.left, equation.right)
+        for local in (0, 1)
+    ]
     assert layout == [
         DimView(0, (("r", 1),)), DimView(2, (("p", 1),)), DimView(0, (("p", 1),)), DimView(5, (("r", 1),)),
     ]  # fmt: skip

@@ -23,6 +23,7 @@ def test_every_config_builds(name, tiny_model):
     asked = json.loads((CONFIGS / f"{name}.json").read_text())
     # transformers 5 spells these anew
     changed = {"rope_theta", "rope_scaling", "torch_dtype", "sliding_window", "partial_rotary_factor", "num_experts"}
+    changed |= {"rotary_emb_base", "rotary_pct"}
     assert {key: written.get(key) for key in asked.keys() - changed} == {
         key: asked[key] for key in asked.keys() - changed
     }

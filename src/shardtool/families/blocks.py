@@ -88,9 +88,7 @@ def scaled_embedding(name: str, head: str, folded: Folded) -> tuple[Rule, ...]:
 
 def with_codec(rules: Iterable[Rule], codec: Codec, *keys: str) -> tuple[Rule, ...]:
     """The rules, those whose Megatron key ends in one of `keys` with a codec on each Hugging Face tensor."""
-    return tuple(
-        replace(one, codecs=(codec,) * len(one.hf)) if one.megatron.endswith(keys) else one for one in rules
-    )
+    return tuple(replace(one, codecs=(codec,) * len(one.hf)) if one.megatron.endswith(keys) else one for one in rules)
 
 
 def layers(

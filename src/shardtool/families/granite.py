@@ -21,7 +21,6 @@ from shardtool.families.blocks import (
     MOE_NORM,
     ROUTER,
     Row,
-    attention,
     decoder,
     embedding,
     scaled_embedding,

@@ -6,8 +6,8 @@ from typing import Any
 
 from shardtool.families import standard_config as standard
 from shardtool.families.architecture import Architecture
-from shardtool.families.blocks import stored_centred
 from shardtool.families.blocks import standard as standard_rules
+from shardtool.families.blocks import stored_centred
 from shardtool.families.family import Config, Family, Field
 from shardtool.families.rope import rope_refusal
 from shardtool.layout.rules import Rule
