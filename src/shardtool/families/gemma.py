@@ -50,8 +50,8 @@ def _refuse(config: Config) -> str | None:
 def _caveats(_: Architecture) -> tuple[str, ...]:
     return (
         "Megatron's embedding contains Gemma's factor, the root of the hidden size, and the head is a tensor of its own: "
-        "training moves them apart. In bf16 and fp16 the product is rounded once, as transformers rounds it; compare such "
-        "a checkpoint with `verify --dtype native`, in fp32 the rounding shows",
+        "training moves them apart. In bf16 and fp16 factor and product are rounded as transformers does it in that dtype: "
+        "compare such a checkpoint with `verify --dtype native`, in fp32 the rounding shows",
     )
 
 
