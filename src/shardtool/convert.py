@@ -251,6 +251,13 @@ def _check_options(options: MegatronOptions, a: Architecture) -> None:
             raise UsageError(f"{name} {value!r} is not known", expected=" or ".join(known), found=value)
     if options.vocab_divisible_by < 1:
         raise UsageError("--vocab-divisible-by must be at least 1", found=str(options.vocab_divisible_by))
+    if a.moe and a.linear_bias and options.mesh.expert_tp > 1:
+        raise UsageError(
+            "experts with biases are not split over tensor parallel ranks",
+            expected="--etp 1: megatron-core adds the bias on every rank (transformer_config.py 0.16.1)",
+            found=f"--etp {options.mesh.expert_tp}",
+            hint="give --etp 1",
+        )
     if a.moe is None and (options.mesh.ep > 1 or options.mesh.etp not in (None, options.mesh.tp)):
         raise UsageError(
             "--ep and --etp need experts",

@@ -105,7 +105,9 @@ class Architecture:
     `rope` None means learned absolute positions; behind them the table of positions may have `spare_positions` rows that
     no token uses. `softmax_scale` None means one over the root of the head dim. `tied` is Megatron's: see `Folded`.
     `window` is the number of tokens that a token sees, itself included
-    (Hugging Face `sliding_window`; megatron-core's `window_size=(window - 1, 0)`).
+    (Hugging Face `sliding_window`; megatron-core's `window_size=(window - 1, 0)`), in `window_layers` (None: in all).
+    A gated MLP computes activation(gate) * (up + `glu_offset`); with `clamp` gate is first cut off above it, and up on
+    both sides. `sinks`: each head has a logit of its own in the softmax, which no value belongs to.
     """
 
     family: str  # the Hugging Face model_type, or "" when only Megatron is concerned
@@ -119,14 +121,18 @@ class Architecture:
     max_positions: int
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"] = "silu"
     gated: bool = True
+    glu_offset: float = 0.0
+    clamp: float | None = None
     qkv_bias: bool = False
-    linear_bias: bool = False  # every linear of the layer has a bias, qkv included
+    linear_bias: bool = False  # every linear of the layer has a bias: qkv, experts and router included
     qk_norm: bool = False  # per head, before rope
     tied: bool = False
     rope: Rope | None = field(default_factory=Rope)
     window: int | None = None
+    window_layers: tuple[int, ...] | None = None
+    sinks: bool = False
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     moe: MixtureOfExperts | None = None

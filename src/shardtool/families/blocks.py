@@ -47,6 +47,7 @@ LINEAR_QKV = "self_attention.linear_qkv"
 LINEAR_OUT = "self_attention.linear_proj"
 IN_PROJ    = "self_attention.in_proj"
 OUT_NORM   = "self_attention.out_norm.weight"
+SINKS      = "self_attention.core_attention.softmax_offset"
 Q_NORM     = "self_attention.q_layernorm"
 K_NORM     = "self_attention.k_layernorm"
 MLP_NORM   = "mlp.linear_fc1.layer_norm"
@@ -55,8 +56,11 @@ FC2        = "mlp.linear_fc2"
 MOE_NORM   = "pre_mlp_layernorm"
 ROUTER     = "mlp.router.weight"
 ROUTER_BIAS = "mlp.router.expert_bias"
+ROUTER_LINEAR_BIAS = "mlp.router.bias"
 EXPERT_FC1 = "mlp.experts.linear_fc1.weight{e}"
 EXPERT_FC2 = "mlp.experts.linear_fc2.weight{e}"
+EXPERT_FC1_BIAS = "mlp.experts.linear_fc1.bias{e}"
+EXPERT_FC2_BIAS = "mlp.experts.linear_fc2.bias{e}"
 SHARED_FC1 = "mlp.shared_experts.linear_fc1.weight"
 SHARED_FC2 = "mlp.shared_experts.linear_fc2.weight"
 SHARED_GATE = "mlp.shared_experts.gate_weight"
@@ -150,6 +154,8 @@ def attention(a: Architecture) -> list[Row]:
     if a.qk_norm:
         table += [("self_attn.q_norm.weight",                         HEAD,     Q_NORM + ".weight",     None),
                   ("self_attn.k_norm.weight",                         HEAD,     K_NORM + ".weight",     None)]
+    if a.sinks:
+        table += [("self_attn.sinks",                                 "(g q) -> (g q)", SINKS,          "g")]
     if a.norm == "layer":
         table += [("input_layernorm.bias",                            HIDDEN,   INPUT_NORM + "_bias",   None)]
     # fmt: on
@@ -247,6 +253,11 @@ def experts(
         ((expert + gate, expert + up),             "x h, x h -> (x + x) h", EXPERT_FC1,        "x"),
         (expert + down,                            "h x -> h x",         EXPERT_FC2,           "x"),
     ]
+    if a.linear_bias:
+        gate, up, down = (name + ".bias" for name in names)
+        table += [(router + ".bias",               "e -> e",             ROUTER_LINEAR_BIAS,   None),
+                  ((expert + gate, expert + up),   "x, x -> (x + x)",    EXPERT_FC1_BIAS,      "x"),
+                  (expert + down,                  HIDDEN,               EXPERT_FC2_BIAS,      None)]
     if a.moe.expert_bias:
         table += [(bias,                           "e -> e",             ROUTER_BIAS,          None)]
     if a.moe.shared_ffn_size:
