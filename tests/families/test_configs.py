@@ -102,7 +102,10 @@ def agree(a: Architecture, config) -> None:
     assert a.num_query_groups == getattr(config, "num_key_value_heads", config.num_attention_heads)
     if not a.mla:  # where head_dim is another name for the rope dims
         assert a.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    assert a.activation == {"gelu_pytorch_tanh": "gelu_tanh"}.get(config.hidden_act, config.hidden_act)
+    if a.family == "gpt_oss":
+        assert (a.activation, config.hidden_act, a.clamp) == ("quick_gelu", "silu", config.swiglu_limit)
+    else:
+        assert a.activation == {"gelu_pytorch_tanh": "gelu_tanh"}.get(config.hidden_act, config.hidden_act)
     assert a.rope is not None
     assert a.rope.theta == config.rope_parameters["rope_theta"]
     assert a.rope.fraction == config.rope_parameters.get("partial_rotary_factor", 1.0)

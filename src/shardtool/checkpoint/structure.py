@@ -92,6 +92,7 @@ def _attention(a: Architecture, layer: Shapes, tp: int) -> Architecture:
         a,
         mla=None,
         qk_norm=ATTENTION + "q_layernorm.weight" in layer,
+        qk_norm_whole=layer.get(ATTENTION + "q_layernorm.weight", (a.head_dim,)) != (a.head_dim,),
         sinks=ATTENTION + "core_attention.softmax_offset" in layer,
         linear_bias=linear_bias,
         qkv_bias=QKV + ".bias" in layer and not linear_bias,

@@ -40,7 +40,8 @@ class MixtureOfExperts:
     """The expert layers: which layers they are, how a token's experts are chosen, what is shared.
 
     `pre_softmax`: softmax over all experts, then the top k (Hugging Face `norm_topk_prob` false); else over the top k.
-    `groups` and `group_top_k` limit a token to some groups of experts. `expert_bias` shifts the choice, not the weights.
+    `groups` and `group_top_k` limit a token to some groups of experts, which the sum of their best `group_score` experts
+    ranks (None: of their best top_k // group_top_k, as megatron-core does). `expert_bias` shifts the choice, not the weights.
     """
 
     num_experts: int
@@ -53,6 +54,7 @@ class MixtureOfExperts:
     expert_bias: bool = False
     groups: int | None = None
     group_top_k: int | None = None
+    group_score: int | None = None
     shared_ffn_size: int = 0
     shared_gate: bool = False
 
@@ -128,6 +130,7 @@ class Architecture:
     qkv_bias: bool = False
     linear_bias: bool = False  # every linear of the layer has a bias: qkv, experts and router included
     qk_norm: bool = False  # per head, before rope
+    qk_norm_whole: bool = False  # ... over all heads at once instead
     tied: bool = False
     rope: Rope | None = field(default_factory=Rope)
     window: int | None = None

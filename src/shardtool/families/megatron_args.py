@@ -21,6 +21,7 @@ from shardtool.families.architecture import (
     Rope,
     RopeScaling,
 )  # fmt: skip
+from shardtool.families.exactness import inexact
 from shardtool.layout.mesh import Mesh, virtual_stages
 
 Args = Mapping[str, Any]
@@ -30,6 +31,9 @@ FAMILY_NAME = "hf_model_type"
 HIDDEN_ACT = "hf_hidden_act"
 FOLDED = "hf_folded"
 SPARE_POSITIONS = "hf_spare_positions"
+QK_NORM_WHOLE = "hf_qk_norm_whole"
+GROUP_SCORE = "hf_moe_group_score"
+INEXACT = "hf_inexact"  # why megatron-core computes another function from these weights
 
 NOT_CONVERTED = {
     "hybrid_override_pattern": "hybrid layers",
@@ -139,6 +143,12 @@ def _unnamed(a: Architecture) -> dict[str, Any]:
         found[FOLDED] = asdict(a.folded)
     if a.spare_positions:
         found[SPARE_POSITIONS] = a.spare_positions
+    if a.qk_norm_whole:
+        found[QK_NORM_WHOLE] = True
+    if a.moe and a.moe.group_score is not None:
+        found[GROUP_SCORE] = a.moe.group_score
+    if reason := inexact(a):
+        found[INEXACT] = reason
     return found
 
 
@@ -324,6 +334,7 @@ def _moe(args: Args, num_layers: int, ffn_size: int) -> MixtureOfExperts | None:
         bool(args.get("moe_router_enable_expert_bias")),
         args.get("moe_router_num_groups"),
         args.get("moe_router_group_topk"),
+        args.get(GROUP_SCORE),
         args.get("moe_shared_expert_intermediate_size") or 0,
         bool(args.get("moe_shared_expert_gate")),
     )
@@ -420,6 +431,7 @@ def from_args(args: Args) -> Architecture:
         qkv_bias=bool(args.get("add_qkv_bias")) and not linear_bias,  # a bias on every linear includes qkv
         linear_bias=linear_bias,
         qk_norm=bool(args.get("qk_layernorm")),
+        qk_norm_whole=bool(args.get(QK_NORM_WHOLE)),
         tied=not args.get("untie_embeddings_and_output_weights", False),
         rope=_rope(args),
         window=None if window is None else window[0] + 1,

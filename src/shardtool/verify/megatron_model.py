@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from shardtool.errors import ShardtoolError, UsageError
 from shardtool.families.architecture import Architecture, Rope
+from shardtool.families.exactness import inexact
 from shardtool.families.megatron_args import window_flags, yarn_args
 from shardtool.layout.mesh import Chunk, Mesh, parse_pipeline_layout, virtual_stages
 
@@ -269,6 +270,11 @@ def build_stage(arch: Architecture, mesh: Mesh, chunk: Chunk, dtype: torch.dtype
     Raises UsageError where megatron-core cannot express `arch` or the split, and when it would put other layers into
     this chunk than `chunk` says.
     """
+    if reason := inexact(arch):
+        raise UsageError(
+            f"megatron-core computes another function from these weights: {reason}",
+            hint="`verify --level accounting --level exact` compares the weights",
+        )
     vp_stage = chunk.vpp if virtual_stages(mesh) > 1 else None
     groups = _stage_groups(mesh, chunk.pp)
     try:
