@@ -23,6 +23,7 @@ from shardtool.families.blocks import (
 )
 from shardtool.families.blocks import standard as standard_rules
 from shardtool.families.family import Config, Family
+from shardtool.families.megatron_args import position_embedding
 from shardtool.families.rope import read_rope, rope_refusal
 from shardtool.layout.rules import Rule
 
@@ -104,6 +105,15 @@ def _refuse(config: Config) -> str | None:
     return rope_refusal(_with_rope(config), yarn=True)
 
 
+def _caveats(a: Architecture) -> tuple[str, ...]:
+    if position_embedding(a) != "yarn":
+        return ()
+    return (
+        "Megatron-LM has flags for yarn on plain attention since June 2026; before, its launcher must set the config's "
+        "yarn_* attributes, which are in the args by their names",
+    )
+
+
 FAMILY = Family(
     "gpt_oss",
     "GptOssForCausalLM",
@@ -123,4 +133,5 @@ FAMILY = Family(
     extra=_extra,
     refuse=_refuse,
     ignored=standard.ROTARY_BUFFERS,
+    caveats=_caveats,
 )  # fmt: skip
