@@ -38,9 +38,10 @@ from shardtool.execute.ranks import Ranks, shares
 from shardtool.execute.staging import Stage, check_destination, recover, staged, write_small
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import axis_sizes, standard
+from shardtool.families.exactness import inexact
 from shardtool.families.family import TRAINING_ONLY, Family, describe_differences
 from shardtool.families.launch_flags import launch_flags, without_flag
-from shardtool.families.megatron_args import FAMILY_NAME, to_args
+from shardtool.families.megatron_args import FAMILY_NAME, GROUP_SCORE, INEXACT, to_args
 from shardtool.families.registry import family_of, infer_family
 from shardtool.formats.tracker import TRACKER, iteration_name, tracker_bytes
 from shardtool.layout.huggingface import huggingface_layout
@@ -56,7 +57,10 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 @dataclass(frozen=True, slots=True)
 class MegatronOptions:
-    """How a Megatron checkpoint is to be written. Empty and 0: as in the source, else as in `DEFAULTS`."""
+    """How a Megatron checkpoint is to be written. Empty and 0: as in the source, else as in `DEFAULTS`.
+
+    `allow_inexact` converts a model that megatron-core computes differently (families.exactness), which is refused otherwise.
+    """
 
     mesh: Mesh = field(default_factory=Mesh)
     format: str = ""
@@ -66,6 +70,7 @@ class MegatronOptions:
     vocab_divisible_by: int = 0
     vocab_pad: str = "zeros"
     dtype: str = "keep"
+    allow_inexact: bool = False
 
 
 DEFAULTS = MegatronOptions(
@@ -132,7 +137,13 @@ def prepare_hf2megatron(src: Path, options: MegatronOptions) -> Prepared:
     """Hugging Face directory to Megatron: `release/` in the layout of `options`."""
     source = open_huggingface(src)
     a = source.opened.architecture
-    notes = source.family.caveats(a) + without_flag(a)
+    if (reason := inexact(a)) and not options.allow_inexact:
+        raise UsageError(
+            f"megatron-core computes another function from this {source.family.model_type} model's weights: {reason}",
+            where=str(src),
+            hint="--allow-inexact converts the weights all the same: for code that computes it as the original does",
+        )
+    notes = source.family.caveats(a) + without_flag(a) + _inexact_note(a)
     if a.centred_norms and options.spec == "local":
         notes += ("norms are written as 1 + weight, rounded to the dtype; --spec te keeps the weights as they are",)
     return _to_megatron("hf2megatron", source.opened, a, source.opened.layout.rules, _filled(options), None, notes)
@@ -144,7 +155,7 @@ def prepare_reshard(src: Path, options: MegatronOptions) -> Prepared:
     Where the args describe another structure than the tensors have, the tensors decide, and a note says so.
     """
     source = read_megatron(src)
-    notes = _left_behind(source)
+    notes = _left_behind(source) + _inexact_note(source.architecture)
     if differences := _differences(source):
         notes += (f"the args and the tensors differ, the tensors were followed: {'; '.join(differences)}",)
         source = replace(source, architecture=structure(source))
@@ -233,7 +244,7 @@ def _as_options(options: MegatronOptions) -> dict[str, Any]:
 # no tensor shows these: they are the source's, or they are left out
 NOT_IN_TENSORS = (
     "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor",
-    "moe_router_num_groups", "moe_router_group_topk", "rope_type", "rotary_scaling_factor",
+    "moe_router_num_groups", "moe_router_group_topk", GROUP_SCORE, INEXACT, "rope_type", "rotary_scaling_factor",
     "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", FAMILY_NAME,
 )  # fmt: skip
 
@@ -268,6 +279,13 @@ def _check_options(options: MegatronOptions, a: Architecture) -> None:
             raise UsageError(f"{name} {value!r} is not known", expected=" or ".join(known), found=value)
     if options.vocab_divisible_by < 1:
         raise UsageError("--vocab-divisible-by must be at least 1", found=str(options.vocab_divisible_by))
+    if a.moe and a.linear_bias and options.mesh.expert_tp > 1:
+        raise UsageError(
+            "experts with biases are not split over tensor parallel ranks",
+            expected="--etp 1: megatron-core adds the bias on every rank (transformer_config.py 0.16.1)",
+            found=f"--etp {options.mesh.expert_tp}",
+            hint="give --etp 1",
+        )
     if a.moe is None and (options.mesh.ep > 1 or options.mesh.etp not in (None, options.mesh.tp)):
         raise UsageError(
             "--ep and --etp need experts",
@@ -289,7 +307,7 @@ def prepare_megatron2hf(
     source = read_megatron(src)
     if dtype not in ("keep", *DTYPES):
         raise UsageError(f"--dtype {dtype!r} is not known", expected="keep, bf16, fp16 or fp32", found=dtype)
-    notes = _left_behind(source)
+    notes = _left_behind(source) + _inexact_note(source.architecture)
     check_exportable(source)
     if differences := _differences(source):
         raise CheckpointError(
@@ -346,6 +364,11 @@ def _target_family(source: Megatron, hf: Path | None) -> tuple[Family, Architect
             hint="give the config of the model that was trained, or leave out --hf to have config.json made from the args",
         )
     return family, replace(theirs, mtp_layers=a.mtp_layers), config
+
+
+def _inexact_note(a: Architecture) -> tuple[str, ...]:
+    reason = inexact(a)
+    return (f"megatron-core computes another function from these weights: {reason}",) if reason else ()
 
 
 def _left_behind(source: Megatron) -> tuple[str, ...]:

@@ -56,7 +56,8 @@ def build(
         auto: Any = AutoModelForCausalLM  # parts of transformers have no types
         model = auto.from_config(model_config, dtype=torch.float32)
         for name, tensor in model.state_dict().items():
-            if tensor.ndim == 1 and tensor.is_floating_point():
+            constant = tensor.ndim == 1 or name.endswith("bias") or not tensor.any()
+            if constant and tensor.is_floating_point():
                 tensor.add_(torch.randn(tensor.shape), alpha=BIAS_NOISE if name.endswith("bias") else NORM_NOISE)
         for module in model.modules():
             if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:

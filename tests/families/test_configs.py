@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING
 from shardtool.errors import CheckpointError, UsageError
 from shardtool.families.architecture import Architecture, Folded, Rope, RopeScaling
 from shardtool.families.blocks import axis_sizes, standard
+from shardtool.families.exactness import inexact
 from shardtool.families.family import TRAINING_ONLY, describe_differences
 from shardtool.families.launch_flags import launch_flags, without_flag
 from shardtool.families.megatron_args import from_args, to_args
@@ -102,7 +103,10 @@ def agree(a: Architecture, config) -> None:
     assert a.num_query_groups == getattr(config, "num_key_value_heads", config.num_attention_heads)
     if not a.mla:  # where head_dim is another name for the rope dims
         assert a.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    assert a.activation == {"gelu_pytorch_tanh": "gelu_tanh"}.get(config.hidden_act, config.hidden_act)
+    if a.family == "gpt_oss":
+        assert (a.activation, config.hidden_act, a.clamp) == ("quick_gelu", "silu", config.swiglu_limit)
+    else:
+        assert a.activation == {"gelu_pytorch_tanh": "gelu_tanh"}.get(config.hidden_act, config.hidden_act)
     assert a.rope is not None
     assert a.rope.theta == config.rope_parameters["rope_theta"]
     assert a.rope.fraction == config.rope_parameters.get("partial_rotary_factor", 1.0)
@@ -200,6 +204,22 @@ def test_biases_on_every_linear():
         ("opt", {"layer_norm_elementwise_affine": False}, "norms have no weights"),
         ("gpt_neox", {"use_parallel_residual": True}, "read the same input"),
         ("gpt_neox", {"attention_bias": False}, "attention_bias is off"),
+        ("gpt_oss", {"attention_bias": False}, "attention_bias is off"),
+        ("gpt_oss", {"swiglu_alpha": 1.5}, "swiglu_alpha 1.5"),
+        ("gpt_oss", {"layer_types": ["chunked_attention"] * 4}, "chunked_attention is not known"),
+        ("gpt_oss", {"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope'"),
+        (
+            "gpt_oss",
+            {"rope_scaling": {**CONFIGS["gpt_oss"]["rope_scaling"], "attention_factor": 1.2}},
+            "attention_factor",
+        ),
+        ("mimo", {"layer_types": ["sliding_attention"] * 4}, "use_sliding_window is off"),
+        ("olmoe", {"clip_qkv": 8.0}, "are clipped"),
+        ("olmoe", {"attention_bias": True}, "attention_bias"),
+        ("olmoe", {"num_experts_per_tok": 1, "norm_topk_prob": True}, "always be 1"),
+        ("ernie4_5_moe", {"use_bias": True}, "its router has no bias"),
+        ("deepseek_v3", {"norm_topk_prob": False}, "always renormalises"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method"),
     ],
 )
 def test_refusals_name_the_reason(name, changes, message):
@@ -337,6 +357,14 @@ VARIANTS = {
     "gelu": config_of("gpt2", activation_function="gelu"),
     "untied": config_of("gpt2", tie_word_embeddings=False),
     "sliding": config_of("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0),
+    "gpt_oss_plain": config_of("gpt_oss", rope_scaling={"rope_type": "default"}, sliding_window=None),
+    "gpt_oss_sliding": config_of("gpt_oss", layer_types=["sliding_attention"] * 4),
+    "gpt_oss_default": {
+        key: value for key, value in CONFIGS["gpt_oss"].items() if key not in ("rope_scaling", "layer_types")
+    },
+    "groups_of_one": config_of("deepseek_v3", topk_group=1),
+    "groups_as_megatron": config_of("deepseek_v2", topk_group=4),
+    "one_head": config_of("olmoe", num_attention_heads=1, num_key_value_heads=1),
     "odd_theta": config_of("llama", rope_theta=12345.5),
     "odd_factor": config_of("llama", rope_scaling={"rope_type": "linear", "factor": 2.5}),
     "geglu": config_of("llama", hidden_act="gelu_pytorch_tanh"),
@@ -446,3 +474,87 @@ def test_an_interval_of_full_attention_says_the_same_as_the_list():
     types = config.pop("layer_types")
     assert read(config | {"full_attention_interval": 4}) == read(config | {"layer_types": types})
     assert read(config | {"layer_types": types}).linear_layers == (0, 1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gpt-oss, and what megatron-core computes differently
+
+
+def test_the_variants_survive_config_json():
+    for name in (
+        "gpt_oss_plain",
+        "gpt_oss_sliding",
+        "gpt_oss_default",
+        "groups_of_one",
+        "groups_as_megatron",
+        "one_head",
+    ):
+        a = read(VARIANTS[name])
+        assert read(FAMILIES[a.family].write_config(a, "bfloat16")) == a, name
+
+
+def test_windows_on_some_layers():
+    assert (read(CONFIGS["gpt_oss"]).window, read(CONFIGS["gpt_oss"]).window_layers) == (8, (0, 2))
+    a = read(VARIANTS["gpt_oss_default"])
+    assert (a.window, a.window_layers) == (8, (0, 2))
+    assert (a.rope.scaling.factor, a.rope.scaling.original_max_positions, a.rope.scaling.truncate) == (
+        32.0,
+        4096,
+        False,
+    )
+    assert (read(VARIANTS["gpt_oss_sliding"]).window, read(VARIANTS["gpt_oss_sliding"]).window_layers) == (8, None)
+    assert read(VARIANTS["gpt_oss_plain"]).window is None
+
+
+@pytest.mark.parametrize(
+    ("frequency", "layers"),
+    [(2, (0, 2)), (3, (0, 1, 3)), ("2", (0, 2)), ("([1,0]*2)", (0, 2)), ([1] * 4, None), (None, None)],
+)
+def test_every_way_to_say_which_layers_have_the_window(frequency, layers):
+    """An integer N is a layer of full attention after N - 1 with the window (transformer/utils.py 0.16.1)."""
+    a = read(CONFIGS["gpt_oss"])
+    args = to_args(a, Mesh(), padded=128, divisible_by=1, dtype="float32", fmt="torch", spec="te")
+    assert from_args({**args, "window_attn_skip_freq": frequency}).window_layers == layers
+
+
+def test_the_arguments_of_a_run_say_yarn_too():
+    """Some of Megatron-LM's arguments have other names than the config that is made of them (argument_utils.py)."""
+    a = read(CONFIGS["gpt_oss"])
+    args = to_args(a, Mesh(), padded=128, divisible_by=1, dtype="float32", fmt="torch", spec="te")
+    assert args["position_embedding_type"] == "yarn"
+    for name in ("rotary_scaling_factor", "mscale", "mscale_all_dim"):
+        del args[f"yarn_{name}"]
+    assert from_args(args) == a
+
+
+def test_the_flags_of_gpt_oss():
+    flags = launch_flags(read(CONFIGS["gpt_oss"]), Mesh(2, etp=1), "bfloat16", divisible_by=128, fmt="torch_dist")
+    assert {
+        "--position-embedding-type yarn", "--rotary-scaling-factor 32.0", "--yarn-original-max-position-embeddings 64",
+        "--no-yarn-correction-range-round-to-int", "--window-size 7,0", "--window-attn-skip-freq '[1, 0, 1, 0]'",
+        "--softmax-type learnable", "--quick-geglu", "--glu-linear-offset 1.0", "--activation-func-clamp-value 7.0",
+    } <= set(flags)  # fmt: skip
+    assert not {"--swiglu", "--disable-bias-linear"} & set(flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("olmoe", "over all heads"), ("ernie4_5_moe", "softmax scores"), ("deepseek_v2", "best 1"),
+        ("groups_of_one", "best 2, megatron-core by their best 4"), ("one_head", None), ("groups_as_megatron", None),
+        ("deepseek_v3", None), ("gpt_oss", None), ("glm4_moe", None),
+    ],
+)  # fmt: skip
+def test_what_megatron_core_computes_differently(name, reason):
+    a = read(VARIANTS[name])
+    found = inexact(a)
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in found
+    args = to_args(a, Mesh(), padded=128, divisible_by=1, dtype="float32", fmt="torch", spec="te")
+    assert args.get("hf_inexact") == found
+
+
+def test_a_softmax_that_is_not_known():
+    args = to_args(read(CONFIGS["llama"]), Mesh(), padded=128, divisible_by=1, dtype="float32", fmt="torch", spec="te")
+    with pytest.raises(CheckpointError, match="this kind of softmax"):
+        from_args({**args, "softmax_type": "off-by-one"})

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from builds import with_multi_token_prediction
 from commands import command, done
@@ -209,6 +210,17 @@ def grid_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
         return root / name
 
     return get
+
+
+@pytest.mark.parametrize(("form", "mesh"), [(TE, Mesh(tp=2, pp=2, ep=2)), (DIST, Mesh(tp=2, ep=2))], ids=name_of)
+def test_glms_multi_token_prediction_goes_there_and_back(form: Form, mesh: Mesh, tmp_path: Path) -> None:
+    """With the copies of embedding and head that its files repeat."""
+    model = tiny.build(CONFIGS / "glm4_moe.json", tmp_path / "model")
+    with_multi_token_prediction(model)
+    done("hf2megatron", model, tmp_path / "megatron", "-q", *mesh_options(mesh), *form.options)
+    done("megatron2hf", tmp_path / "megatron", tmp_path / "back", "-q")
+    assert tiny.differences(model, tmp_path / "back")[1] == []
+    assert "model.layers.4.shared_head.head.weight" in load_file(tmp_path / "back" / "model.safetensors")
 
 
 def of_model(mesh: Mesh, name: str) -> Mesh:

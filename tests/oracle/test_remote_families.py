@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from commands import command, convert, done
 from faults import edit_args, edit_tensors
 
 State = dict[str, torch.Tensor]
+CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
 LAYERS, HEADS, GROUPS, DIM = 4, 8, 4, 8
 
 
@@ -100,6 +102,20 @@ def chatglm(t: State) -> State:
     return out
 
 
+def mimo(t: State) -> State:
+    """From qwen2, with a layer of multi-token prediction."""
+    generator, out = torch.Generator().manual_seed(7), dict(t)
+    at, hidden = "model.mtp_layers.0.", 64
+    for name in [name for name in t if name.startswith("model.layers.0.")]:
+        shape = t[name].shape
+        out[name.replace("model.layers.0.", at)] = torch.randn(shape, generator=generator)
+    for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
+        out[at + name + ".weight"] = torch.randn(hidden, generator=generator)
+    out[at + "input_proj.weight"] = torch.randn(hidden, 2 * hidden, generator=generator)
+    return out
+
+
+KIMI = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827, "rope_theta": 5e4, "num_nextn_predict_layers": 0}
 BASE = {"hidden_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "vocab_size": 120}
 # family: (twin in configs/tiny, changes to its config, layout, config.json of the family)
 CASES: dict[str, tuple[str, dict[str, Any], Callable[[State], State], dict[str, Any]]] = {
@@ -125,6 +141,10 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[State], State], dict[str, 
         "num_attention_heads": HEADS, "kv_channels": DIM, "ffn_hidden_size": 96, "padded_vocab_size": 120, "seq_length": 256,
         "layernorm_epsilon": 1e-6, "multi_query_attention": True, "multi_query_group_num": GROUPS, "rope_ratio": 1,
         "add_qkv_bias": True, "add_bias_linear": False, "rmsnorm": True, "post_layer_norm": True,
+    }),
+    "mimo": ("qwen2", {}, mimo, json.loads((CONFIGS / "mimo.json").read_text())),
+    "kimi_k2": ("deepseek_v3", KIMI, dict, json.loads((CONFIGS / "deepseek_v3.json").read_text()) | KIMI | {
+        "model_type": "kimi_k2", "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"},
     }),
 }  # fmt: skip
 # what is done to the twin's own weights first
@@ -194,6 +214,8 @@ FAULTS: dict[str, Callable[[Path], None]] = {
         m, "output_layer.weight", lambda t: t * torch.linspace(0.3, 3, len(t))[:, None]
     ),
     "chatglm": lambda m: edit_args(m, rotary_base=50000),
+    "mimo": lambda m: edit_tensors(m, "linear_qkv.bias", torch.zeros_like),
+    "kimi_k2": lambda m: edit_args(m, moe_router_topk_scaling_factor=2.5),
 }
 
 
@@ -203,3 +225,73 @@ def test_a_planted_fault_is_caught(family: str, pair: Callable[[str], tuple[Path
     megatron = convert(model, tmp_path / "megatron", "--format", "torch", "--tp", "2")
     FAULTS[family](megatron)
     assert command("verify", twin, megatron, "--level", "logits", "-q").code == 1
+
+
+# --- MiMo's multi-token prediction -----------------------------------------------------------------------------------
+
+
+def mtp_statement(t: State) -> State:
+    """The MTP layer's own tensors as megatron-core has them: its projection reads the token first, MiMo's the state."""
+    at = "model.mtp_layers.0."
+    state, token = t[at + "input_proj.weight"].split(64, dim=1)
+    return {
+        "enorm.weight": t[at + "token_layernorm.weight"],
+        "hnorm.weight": t[at + "hidden_layernorm.weight"],
+        "final_layernorm.weight": t[at + "final_layernorm.weight"],
+        "eh_proj.weight": torch.cat([token, state], dim=1),
+    }
+
+
+def qkv(t: State, at: str) -> torch.Tensor:
+    parts = [t[at + f"self_attn.{x}_proj.weight"].view(GROUPS, -1, DIM, 64) for x in "qkv"]
+    return torch.cat(parts, dim=1).reshape(-1, 64)
+
+
+@pytest.mark.parametrize("name", ["transformer_layer", "mtp_model_layer"])
+def test_mimos_multi_token_prediction_in_rank_files(
+    name: str, pair: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    _, model = pair("mimo")
+    t = load_file(model / "model.safetensors")
+    layout = ("--format", "torch", "--tp", "2", "--pp", "2", "--mtp-name", name)
+    megatron = convert(model, tmp_path / "megatron", *layout)
+    wanted, inner = mtp_statement(t), f"mtp.layers.0.{name}."
+    at = "model.mtp_layers.0."
+    for tp in range(2):
+        path = megatron / "release" / f"mp_rank_{tp:02d}_001" / "model_optim_rng.pt"
+        found = torch.load(path, weights_only=False)["model"]
+        for key in ("enorm.weight", "hnorm.weight", "final_layernorm.weight"):
+            assert torch.equal(found[f"mtp.layers.0.{key}"], wanted[key])
+        projection = found["mtp.layers.0.eh_proj.weight"]
+        assert torch.equal(projection, wanted["eh_proj.weight"].chunk(2)[tp])
+        # the fault that this must catch: the halves as MiMo has them
+        assert not torch.equal(projection, t[at + "input_proj.weight"].chunk(2)[tp])
+        assert torch.equal(found[inner + "self_attention.linear_qkv.weight"], qkv(t, at).chunk(2)[tp])
+        gate, up = (t[at + f"mlp.{half}_proj.weight"].chunk(2)[tp] for half in ("gate", "up"))
+        assert torch.equal(found[inner + "mlp.linear_fc1.weight"], torch.cat([gate, up]))
+        norm = found[inner + "self_attention.linear_qkv.layer_norm_weight"]
+        assert torch.equal(norm, t[at + "input_layernorm.weight"])
+
+
+def test_mimos_multi_token_prediction_in_torch_dist(pair: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    """Read by torch itself."""
+    _, model = pair("mimo")
+    megatron = convert(model, tmp_path / "megatron", "--format", "torch_dist", "--tp", "2", "--pp", "2")
+    for key, value in mtp_statement(load_file(model / "model.safetensors")).items():
+        found = {f"mtp.layers.0.{key}": torch.empty_like(value)}
+        reader = dcp.FileSystemReader(str(megatron / "release"))
+        dcp.load(found, storage_reader=reader, no_dist=True)
+        assert torch.equal(found[f"mtp.layers.0.{key}"], value), key
+
+
+def test_without_the_layers_that_its_config_promises(pair: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    """Qwen2 under MiMo's name: a fine-tuned model that was saved without multi-token prediction."""
+    _, model = pair("mimo")
+    (tmp_path / "model").mkdir()
+    tensors = load_file(model / "model.safetensors")
+    tensors = {name: value for name, value in tensors.items() if ".mtp_layers." not in name}
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "model" / "config.json").write_text((model / "config.json").read_text())
+    megatron = convert(tmp_path / "model", tmp_path / "megatron", "--tp", "2")
+    done("megatron2hf", megatron, tmp_path / "back", "-q")
+    assert load_file(tmp_path / "back" / "model.safetensors").keys() == tensors.keys()

@@ -201,3 +201,17 @@ def test_parts_that_change_places():
 def test_what_does_not_parse(text, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
         parse(text)
+
+
+def test_the_axes_decide_where_the_order_does_not():
+    """Two parts of the same size change places because their axes have names of their own."""
+    equation = parse("o (b + a) -> o (a + b)")
+    assert equation.components(0, 0) == (0, 1)
+    assert equation.components(1, 0) == (1, 0)
+    assert parse("o (a + b) -> o (a + b)").components(1, 0) == (0, 1)
+    assert parse("(b + a), c -> c, (a + b)").components(1, 1) == (1, 0)
+    # two components with the same axes cannot be told apart
+    with pytest.raises(ValueError, match="component 0 has axes"):
+        parse("(b + a + a) -> (a + a + b)")
+    with pytest.raises(ValueError, match="component 1 has axes"):
+        parse("o (b + a) -> o (b + c)")

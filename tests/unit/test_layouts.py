@@ -14,7 +14,7 @@ from shardtool.families.blocks import axis_sizes, standard
 from shardtool.layout.chunks import chunked_layout, per_layer_keys
 from shardtool.layout.huggingface import huggingface_layout
 from shardtool.layout.layout import NameAxis, Piece
-from shardtool.layout.megatron import Spelling, dist_layout, expert_block, rank_grid, tp_cuts
+from shardtool.layout.megatron import Spelling, dist_layout, expert_block, legacy_layout, rank_grid, tp_cuts
 from shardtool.layout.mesh import Mesh, chunks
 from shardtool.layout.rules import rule
 from shardtool.plan.plan import plan
@@ -227,3 +227,36 @@ def test_a_piece_with_two_name_axes():
 def test_rules_that_do_not_fit(names, equation, megatron, message):
     with pytest.raises(ValueError, match=message):
         rule(names, equation, megatron)
+
+
+def test_biases_of_experts_over_expert_tensor_parallel_ranks():
+    """The first linear's are cut like its rows; the second's are whole on every rank, and replicas but on the first."""
+    at = "decoder.layers.{l}.mlp.experts."
+    rules = (
+        rule("one.{l}", "e (x (1 + 1)) -> e (x + x)", at + "linear_fc1.bias{e}", "x"),
+        rule("two.{l}", "e h -> e h", at + "linear_fc2.bias{e}"),
+    )
+    sizes, mesh = {"l": 1, "e": 2, "x": 4, "h": 3, "v": 8, "m": 0}, Mesh(tp=2, ep=2, etp=2)
+    files = {(tp, 0, ep): f"{tp}{ep}" for tp in range(2) for ep in range(2)}
+    for spelling, name in (
+        (Spelling(), "linear_fc{}.bias{{e}}"),
+        (Spelling("local", "sequential"), "local_experts.{{e}}.linear_fc{}.bias"),
+    ):
+        layout = legacy_layout(rules, sizes, 8, chunks(mesh, 1), mesh, spelling, files)
+        first, second = ([piece for piece in layout.pieces if piece.rule == number] for number in (0, 1))
+        assert {piece.name for piece in first} == {at + name.format(1)}
+        assert {piece.name for piece in second} == {at + name.format(2)}
+        assert [(piece.file, piece.ranges, piece.replica, layout.shape(piece)) for piece in first] == [
+            ("00", (("x", 0, 2),), False, (4,)), ("10", (("x", 2, 4),), False, (4,)),
+            ("01", (("x", 0, 2),), False, (4,)), ("11", (("x", 2, 4),), False, (4,)),
+        ]  # fmt: skip
+        assert [(piece.file, piece.ranges, piece.replica, layout.shape(piece)) for piece in second] == [
+            ("00", (), False, (3,)), ("10", (), True, (3,)), ("01", (), False, (3,)), ("11", (), True, (3,)),
+        ]  # fmt: skip
+        plan(huggingface_layout(rules, sizes), layout)  # every element once
+    layout = dist_layout(rules, sizes, 8, chunks(mesh, 1), mesh)
+    keys = {(key[1], key[2]) for key, _ in layout.tensors()}
+    first = "decoder.layers.mlp.experts.experts.linear_fc1.bias"
+    assert keys == {(first, (0, e, start)) for e in range(2) for start in (0, 2, 4, 6)} | {
+        ("decoder.layers.mlp.experts.experts.linear_fc2.bias", (0, e, 0)) for e in range(2)
+    }

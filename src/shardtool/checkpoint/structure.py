@@ -30,7 +30,7 @@ def structure(source: Megatron) -> Architecture:
     """The architecture of the args, with what the tensors show put in its place.
 
     That is: latent attention and its sizes, the layers with experts, their number and sizes, the shared expert and its
-    gate, expert bias, the size and gating of dense MLPs, biases, the kind of norm, qk norms, and the number of
+    gate, expert bias, the size and gating of dense MLPs, biases, the kind of norm, qk norms, sinks, and the number of
     multi-token-prediction layers. A layer without any known tensor leaves all as it is: the accounting will name it.
     """
     a = source.architecture
@@ -95,6 +95,8 @@ def _attention(a: Architecture, layer: Shapes, tp: int) -> Architecture:
         a,
         mla=None,
         qk_norm=ATTENTION + "q_layernorm.weight" in layer,
+        qk_norm_whole=layer.get(ATTENTION + "q_layernorm.weight", (a.head_dim,)) != (a.head_dim,),
+        sinks=ATTENTION + "core_attention.softmax_offset" in layer,
         linear_bias=linear_bias,
         qkv_bias=QKV + ".bias" in layer and not linear_bias,
     )

@@ -26,6 +26,7 @@ from shardtool.cli.options import (
     Format,
     FormatOption,
     Hf,
+    Inexact,
     Jobs,
     Json,
     Last,
@@ -76,8 +77,8 @@ def hf2megatron(
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
     format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te,
     experts: ExpertsOption = Experts.grouped, mtp_name: MtpOption = MtpName.mtp_model_layer, dtype: DtypeOption = Dtype.keep,
-    vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, no_checksums: NoChecksums = False,
-    tensor_digests: TensorDigests = False, overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS,
+    vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, allow_inexact: Inexact = False,
+    no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS,
     memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
@@ -90,7 +91,9 @@ def hf2megatron(
     source = checkpoint(src)
     with interruptible(dst):
         _ready(source, dst, overwrite)
-        options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
+        options = _options(
+            parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad, allow_inexact
+        )
         prepare = partial(convert.prepare_hf2megatron, source, options)
         _execute(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests)
 
@@ -145,8 +148,8 @@ def plan_hf2megatron(
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
     format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te,
     experts: ExpertsOption = Experts.grouped, mtp_name: MtpOption = MtpName.mtp_model_layer, dtype: DtypeOption = Dtype.keep,
-    vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, no_checksums: NoChecksums = False,
-    tensor_digests: TensorDigests = False, overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS,
+    vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, allow_inexact: Inexact = False,
+    no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS,
     memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
@@ -157,7 +160,7 @@ def plan_hf2megatron(
         tp, pp, vpp, ep, etp, first_stage_layers, last_stage_layers, pipeline_layout, account_for_embedding, account_for_loss
     )  # fmt: skip
     source = checkpoint(src)
-    options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
+    options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad, allow_inexact)
     _explain(convert.prepare_hf2megatron(source, options), dst, overwrite)
 
 
@@ -206,6 +209,7 @@ def _options(
     dtype: Dtype,
     divisible_by: int | None,
     pad: VocabPad,
+    allow_inexact: bool = False,
 ) -> convert.MegatronOptions:
     """The options as the library takes them; what was not given stays as it is in the source."""
     from shardtool.convert import MegatronOptions  # noqa: PLC0415 - numpy and the engine are not needed for --help
@@ -219,6 +223,7 @@ def _options(
         vocab_divisible_by=divisible_by or 0,
         vocab_pad=pad.value,
         dtype=dtype.value,
+        allow_inexact=allow_inexact,
     )
 
 

@@ -95,10 +95,13 @@ def args(
     """The Megatron-LM launch flags that this model needs."""
     from shardtool.checkpoint.megatron import Megatron  # noqa: PLC0415
     from shardtool.convert import flags_of  # noqa: PLC0415
+    from shardtool.families.exactness import inexact  # noqa: PLC0415
     from shardtool.families.launch_flags import without_flag  # noqa: PLC0415
     from shardtool.verify.judge import open_side  # noqa: PLC0415
 
     side = open_side(checkpoint(ckpt))
+    if reason := inexact(side.architecture if isinstance(side, Megatron) else side.opened.architecture):
+        console.say(f"note: megatron-core computes another function from these weights: {reason}")
     megatron = isinstance(side, Megatron)
     flags = flags_of(side, Mesh(tp, pp), stored_only=megatron and not every)
     lines = ["--use-checkpoint-args", *flags] if megatron and not every else flags

@@ -118,6 +118,7 @@ MaybeExperts = Annotated[Experts | None, typer.Option("--experts", help="How per
 MtpOption = Annotated[MtpName, typer.Option("--mtp-name", help="The layer inside an MTP layer of per-rank files: mtp_model_layer since megatron-core 0.17, transformer_layer before.", rich_help_panel=OUTPUT)]
 MaybeMtp = Annotated[MtpName | None, typer.Option("--mtp-name", help="The layer inside an MTP layer of per-rank files. [default: that of SRC]", rich_help_panel=OUTPUT, show_default=False)]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Cast every tensor, or keep what is stored.", rich_help_panel=OUTPUT)]
+Inexact = Annotated[bool, typer.Option("--allow-inexact", help="Convert the weights of a model that megatron-core computes differently, too.", rich_help_panel=OUTPUT)]
 Divisible = Annotated[int, typer.Option("--vocab-divisible-by", min=1, help="The padded vocabulary is a multiple of this times tp.", rich_help_panel=OUTPUT)]
 MaybeDivisible = Annotated[int | None, typer.Option("--vocab-divisible-by", min=1, help="The padded vocabulary is a multiple of this times tp. [default: that of SRC]", rich_help_panel=OUTPUT, show_default=False)]
 Pad = Annotated[VocabPad, typer.Option("--vocab-pad", help="What fills the padding rows.", rich_help_panel=OUTPUT)]

@@ -40,7 +40,8 @@ class MixtureOfExperts:
     """The expert layers: which layers they are, how a token's experts are chosen, what is shared.
 
     `pre_softmax`: softmax over all experts, then the top k (Hugging Face `norm_topk_prob` false); else over the top k.
-    `groups` and `group_top_k` limit a token to some groups of experts. `expert_bias` shifts the choice, not the weights.
+    `groups` and `group_top_k` limit a token to some groups of experts, which the sum of their best `group_score` experts
+    ranks (None: of their best top_k // group_top_k, as megatron-core does). `expert_bias` shifts the choice, not the weights.
     """
 
     num_experts: int
@@ -53,6 +54,7 @@ class MixtureOfExperts:
     expert_bias: bool = False
     groups: int | None = None
     group_top_k: int | None = None
+    group_score: int | None = None
     shared_ffn_size: int = 0
     shared_gate: bool = False
 
@@ -110,7 +112,9 @@ class Architecture:
     `rope` None means learned absolute positions; behind them the table of positions may have `spare_positions` rows that
     no token uses. `softmax_scale` None means one over the root of the head dim. `tied` is Megatron's: see `Folded`.
     `window` is the number of tokens that a token sees, itself included
-    (Hugging Face `sliding_window`; megatron-core's `window_size=(window - 1, 0)`).
+    (Hugging Face `sliding_window`; megatron-core's `window_size=(window - 1, 0)`), in `window_layers` (None: in all).
+    A gated MLP computes activation(gate) * (up + `glu_offset`); with `clamp` gate is first cut off above it, and up on
+    both sides. `sinks`: each head has a logit of its own in the softmax, which no value belongs to.
     """
 
     family: str  # the Hugging Face model_type, or "" when only Megatron is concerned
@@ -124,14 +128,19 @@ class Architecture:
     max_positions: int
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"] = "silu"
     gated: bool = True
+    glu_offset: float = 0.0
+    clamp: float | None = None
     qkv_bias: bool = False
-    linear_bias: bool = False  # every linear of the layer has a bias, qkv included
+    linear_bias: bool = False  # every linear of the layer has a bias: qkv, experts and router included
     qk_norm: bool = False  # per head, before rope
+    qk_norm_whole: bool = False  # ... over all heads at once instead
     tied: bool = False
     rope: Rope | None = field(default_factory=Rope)
     window: int | None = None
+    window_layers: tuple[int, ...] | None = None
+    sinks: bool = False
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     moe: MixtureOfExperts | None = None

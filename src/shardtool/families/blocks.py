@@ -4,8 +4,8 @@ A row of a table is (Hugging Face names, equation, Megatron key, axis that tp sh
 p position, spare rows of positions, h hidden, g query group, q query head in its group, d head dim, f MLP rows;
 e expert, x rows of an expert, s rows of the shared expert; n attention head, k query dims, u key and value dims,
 w value dims of a head (latent attention), y query rank, z key-value rank, j rows of the key-value down projection;
-m MTP layer, o hidden as output, i both inputs of an MTP layer; t key head, r value head of a key head, a key dim,
-b value dim, c kernel (linear attention).
+m MTP layer, o hidden as output, token and state the two inputs of an MTP layer, hidden each; t key head, r value head
+of a key head, a key dim, b value dim, c kernel (linear attention).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ POSITION = "p h -> p h"
 SPARE_POSITION = "(p + spare) h -> (p + spare) h"
 STACKED_QKV = "(g q d + g d + g d) h -> (g (q d + d + d)) h"
 STACKED_QKV_BIAS = "(g q d + g d + g d) -> (g (q d + d + d))"
+MTP_INPUT = "o (token + state) -> o (token + state)"
 STACKED_GLU = "(f + f) h -> (f + f) h"
 
 EMBEDDING  = "embedding.word_embeddings.weight"
@@ -47,6 +48,7 @@ LINEAR_QKV = "self_attention.linear_qkv"
 LINEAR_OUT = "self_attention.linear_proj"
 IN_PROJ    = "self_attention.in_proj"
 OUT_NORM   = "self_attention.out_norm.weight"
+SINKS      = "self_attention.core_attention.softmax_offset"
 Q_NORM     = "self_attention.q_layernorm"
 K_NORM     = "self_attention.k_layernorm"
 MLP_NORM   = "mlp.linear_fc1.layer_norm"
@@ -55,8 +57,11 @@ FC2        = "mlp.linear_fc2"
 MOE_NORM   = "pre_mlp_layernorm"
 ROUTER     = "mlp.router.weight"
 ROUTER_BIAS = "mlp.router.expert_bias"
+ROUTER_LINEAR_BIAS = "mlp.router.bias"
 EXPERT_FC1 = "mlp.experts.linear_fc1.weight{e}"
 EXPERT_FC2 = "mlp.experts.linear_fc2.weight{e}"
+EXPERT_FC1_BIAS = "mlp.experts.linear_fc1.bias{e}"
+EXPERT_FC2_BIAS = "mlp.experts.linear_fc2.bias{e}"
 SHARED_FC1 = "mlp.shared_experts.linear_fc1.weight"
 SHARED_FC2 = "mlp.shared_experts.linear_fc2.weight"
 SHARED_GATE = "mlp.shared_experts.gate_weight"
@@ -148,8 +153,11 @@ def attention(a: Architecture) -> list[Row]:
     if a.linear_bias:
         table += [("self_attn.o_proj.bias",                           HIDDEN,   LINEAR_OUT + ".bias",   None)]
     if a.qk_norm:
-        table += [("self_attn.q_norm.weight",                         HEAD,     Q_NORM + ".weight",     None),
-                  ("self_attn.k_norm.weight",                         HEAD,     K_NORM + ".weight",     None)]
+        q, k = ("(g q d) -> (g q d)", "(g d) -> (g d)") if a.qk_norm_whole else (HEAD, HEAD)
+        table += [("self_attn.q_norm.weight",                         q,        Q_NORM + ".weight",     None),
+                  ("self_attn.k_norm.weight",                         k,        K_NORM + ".weight",     None)]
+    if a.sinks:
+        table += [("self_attn.sinks",                                 "(g q) -> (g q)", SINKS,          "g")]
     if a.norm == "layer":
         table += [("input_layernorm.bias",                            HIDDEN,   INPUT_NORM + "_bias",   None)]
     # fmt: on
@@ -251,6 +259,11 @@ def experts(
         ((expert + gate, expert + up),             "x h, x h -> (x + x) h", EXPERT_FC1,        "x"),
         (expert + down,                            "h x -> h x",         EXPERT_FC2,           "x"),
     ]
+    if a.linear_bias:
+        gate, up, down = (name + ".bias" for name in names)
+        table += [(router + ".bias",               "e -> e",             ROUTER_LINEAR_BIAS,   None),
+                  ((expert + gate, expert + up),   "x, x -> (x + x)",    EXPERT_FC1_BIAS,      "x"),
+                  (expert + down,                  HIDDEN,               EXPERT_FC2_BIAS,      None)]
     if a.moe.expert_bias:
         table += [(bias,                           "e -> e",             ROUTER_BIAS,          None)]
     if a.moe.shared_ffn_size:
@@ -282,16 +295,18 @@ def decoder(
     return found
 
 
-def multi_token_prediction(a: Architecture, moe_rows: list[Row], prefix: str = "model.layers.{m}.") -> tuple[Rule, ...]:
-    """DeepSeek's MTP layers: numbered on after the last layer, expert layers where the model has experts."""
+def multi_token_prediction(
+    a: Architecture, moe_rows: list[Row], prefix: str = "model.layers.{m}.", table: list[Row] | None = None
+) -> tuple[Rule, ...]:
+    """MTP layers, expert layers where the model has experts. `table` is what surrounds them (None: DeepSeek's)."""
     if not a.mtp_layers:
         return ()
     outer = "mtp.layers.{m}."
     # fmt: off
-    table: list[Row] = [
+    table = table or [
         ("enorm.weight",            HIDDEN,       "enorm.weight",           None),
         ("hnorm.weight",            HIDDEN,       "hnorm.weight",           None),
-        ("eh_proj.weight",          "o i -> o i", "eh_proj.weight",         "o"),
+        ("eh_proj.weight",          MTP_INPUT,    "eh_proj.weight",         "o"),
         ("shared_head.norm.weight", HIDDEN,       "final_layernorm.weight", None),
     ]
     # fmt: on
@@ -352,7 +367,8 @@ def axis_sizes(a: Architecture) -> dict[str, int]:
         "f": a.ffn_size,
         "m": a.mtp_layers,
         "o": a.hidden_size,
-        "i": 2 * a.hidden_size,
+        "token": a.hidden_size,
+        "state": a.hidden_size,
         "n": a.num_heads,
     }
     if a.moe:

@@ -8,6 +8,7 @@ from shardtool.families import standard_config as standard
 from shardtool.families.architecture import Architecture, MixtureOfExperts
 from shardtool.families.blocks import standard as rules
 from shardtool.families.deepseek_v3 import latent_eps, latent_fields, latent_keys
+from shardtool.families.exactness import group_score
 from shardtool.families.family import Config, Family
 from shardtool.families.rope import rope_refusal
 
@@ -24,6 +25,12 @@ def _derived(config: Config, values: dict[str, Any]) -> dict[str, Any]:
         scaling=None if scaling == 1.0 else float(scaling),
         groups=groups if groups and groups > 1 else None,
         group_top_k=config.get("topk_group") if groups and groups > 1 else None,
+        group_score=group_score(
+            config.get("num_experts_per_tok") or 0,
+            groups if groups and groups > 1 else None,
+            config.get("topk_group"),
+            1,
+        ),
         shared_ffn_size=size * (config.get("n_shared_experts", 2) or 0),
     )
     return latent_fields(config, values) | {"moe": moe, "mtp_layers": 0}
@@ -47,9 +54,6 @@ def _refuse(config: Config) -> str | None:
     method = config.get("topk_method", "greedy")
     if method not in ("greedy", "group_limited_greedy"):
         return f"topk_method {method!r}: greedy and group_limited_greedy are known"
-    groups, per_group = config.get("n_group") or 1, config.get("topk_group") or 1
-    if method == "group_limited_greedy" and groups > 1 and (config.get("num_experts_per_tok") or 0) // per_group != 1:
-        return "groups are scored by their best expert, megatron-core scores them by the best top_k // topk_group"
     return rope_refusal(config, latent=True)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from shardtool.families import standard_config as standard
 from shardtool.families.architecture import Architecture, LatentAttention, MixtureOfExperts
 from shardtool.families.blocks import standard as rules
+from shardtool.families.exactness import group_score
 from shardtool.families.family import Config, Family
 from shardtool.families.rope import read_rope, rope_refusal, write_rope
 
@@ -31,6 +32,7 @@ def _moe(config: Config, values: dict[str, Any], defaults: Config) -> MixtureOfE
         expert_bias=True,
         groups=groups if groups > 1 else None,
         group_top_k=get("topk_group") if groups > 1 else None,
+        group_score=group_score(get("num_experts_per_tok"), groups if groups > 1 else None, get("topk_group"), 2),
         shared_ffn_size=get("moe_intermediate_size") * (get("n_shared_experts") or 0),
     )
 
@@ -52,9 +54,6 @@ def _refuse_routing(config: Config) -> str | None:
         return "norm_topk_prob is off: megatron-core always renormalises sigmoid scores"
     if config.get("moe_layer_freq", 1) != 1:
         return "moe_layer_freq: this family's experts are on every layer after the first dense ones"
-    groups = config.get("n_group") or 1
-    if groups > 1 and config.get("num_experts_per_tok", 8) // config.get("topk_group", 4) != 2:
-        return "groups are scored by their best two experts, megatron-core scores them by the best top_k // topk_group"
     return None
 
 

@@ -137,7 +137,7 @@ def describe_differences(a: Architecture, b: Architecture, ignore: frozenset[str
 
 def _refuse_activation(a: Architecture) -> str | None:
     """What the args of a Megatron checkpoint can say (families.megatron_args)."""
-    known = ("silu", "gelu", "gelu_tanh") if a.gated else ("gelu", "gelu_tanh", "relu", "relu2")
+    known = ("silu", "gelu", "gelu_tanh", "quick_gelu") if a.gated else ("gelu", "gelu_tanh", "relu", "relu2")
     if a.activation not in known:
         return f"its MLP has the activation {a.activation}; Megatron's args can say {', '.join(known)} there"
     return None

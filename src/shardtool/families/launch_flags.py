@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shardtool.families.architecture import Architecture
-from shardtool.families.megatron_args import linear_args, mla_args, whole
+from shardtool.families.megatron_args import linear_args, mla_args, position_embedding, whole, window_flags
 from shardtool.layout.mesh import Mesh
 
 
@@ -28,7 +28,7 @@ def launch_flags(
         ),
         f"--max-position-embeddings {a.max_positions + a.spare_positions}",
         f"--seq-length {a.max_positions}",
-        f"--position-embedding-type {'rope' if a.rope else 'learned_absolute'}",
+        f"--position-embedding-type {position_embedding(a)}",
         *([f"--rotary-base {whole(a.rope.theta)}", f"--rotary-percent {a.rope.fraction}"] if a.rope else []),
         *([] if a.linear_bias else ["--disable-bias-linear"]),
         *(["--add-qkv-bias"] if a.qkv_bias else []),
@@ -61,6 +61,12 @@ def launch_flags(
         *(["--attention-output-gate"] if a.output_gate else []),
         *_linear_flags(a),
         *([f"--window-size {a.window - 1},0"] if a.window is not None else []),
+        *([f"--window-attn-skip-freq '{window_flags(a)}'"] if a.window_layers is not None else []),
+        *(["--softmax-type learnable"] if a.sinks else []),
+        *(["--quick-geglu"] if a.activation == "quick_gelu" else []),
+        *([f"--glu-linear-offset {a.glu_offset}"] if a.glu_offset else []),
+        *([f"--activation-func-clamp-value {a.clamp}"] if a.clamp is not None else []),
+        *_yarn_flags(a),
         *(
             [f"--use-rope-scaling --rope-scaling-factor {scaling.factor}"]
             if scaling and scaling.kind == "llama3"
@@ -134,6 +140,21 @@ def _moe_flags(a: Architecture) -> list[str]:
     if moe.shared_gate:
         flags.append("--moe-shared-expert-gate")
     return flags
+
+
+def _yarn_flags(a: Architecture) -> list[str]:
+    """Yarn of plain attention: flags since June 2026; before, the launcher's code must set config.yarn_* itself."""
+    if position_embedding(a) != "yarn":
+        return []
+    assert a.rope is not None and a.rope.scaling is not None
+    yarn = a.rope.scaling
+    return [
+        f"--rotary-scaling-factor {yarn.factor}",
+        f"--yarn-original-max-position-embeddings {yarn.original_max_positions}",
+        f"--yarn-beta-fast {yarn.beta_fast} --yarn-beta-slow {yarn.beta_slow}",
+        f"--mscale {yarn.mscale} --mscale-all-dim {yarn.mscale_all_dim}",
+        f"--{'' if yarn.truncate else 'no-'}yarn-correction-range-round-to-int",
+    ]
 
 
 def _mla_flags(a: Architecture) -> list[str]:

@@ -21,6 +21,7 @@ from shardtool.families.architecture import (
     Rope,
     RopeScaling,
 )  # fmt: skip
+from shardtool.families.exactness import inexact
 from shardtool.layout.mesh import Mesh, virtual_stages
 
 Args = Mapping[str, Any]
@@ -30,6 +31,9 @@ FAMILY_NAME = "hf_model_type"
 HIDDEN_ACT = "hf_hidden_act"
 FOLDED = "hf_folded"
 SPARE_POSITIONS = "hf_spare_positions"
+QK_NORM_WHOLE = "hf_qk_norm_whole"
+GROUP_SCORE = "hf_moe_group_score"
+INEXACT = "hf_inexact"  # why megatron-core computes another function from these weights
 
 NOT_CONVERTED = {
     "hybrid_override_pattern": "hybrid layers",
@@ -37,7 +41,6 @@ NOT_CONVERTED = {
     "linear_attention_type": "linear attention",
     "heterogeneous_layers_config_path": "heterogeneous layers",
     "heterogeneous_layers_config_encoded_json": "heterogeneous layers",
-    "window_attn_skip_freq": "a window on some layers only",
     "moe_mlp_glu_interleave_size": "experts with gate and up rows in alternating blocks",
 }
 
@@ -59,7 +62,7 @@ def to_args(
         "num_query_groups": a.num_query_groups,
         "max_position_embeddings": a.max_positions + a.spare_positions,
         "seq_length": a.max_positions,
-        "position_embedding_type": "rope" if a.rope else "learned_absolute",
+        "position_embedding_type": position_embedding(a),
         "add_position_embedding": True,
         "use_rotary_position_embeddings": a.rope is not None,
         "rotary_base": whole(a.rope.theta) if a.rope else 10000,
@@ -71,6 +74,9 @@ def to_args(
         "add_bias_linear": a.linear_bias,
         "add_qkv_bias": a.qkv_bias,
         "swiglu": a.gated and a.activation == "silu",
+        "quick_geglu": a.activation == "quick_gelu",
+        "glu_linear_offset": a.glu_offset,
+        "activation_func_clamp_value": a.clamp,
         "squared_relu": a.activation == "relu2",
         "openai_gelu": False,
         "bias_gelu_fusion": a.activation == "gelu_tanh",
@@ -79,7 +85,9 @@ def to_args(
         "normalization": "RMSNorm" if a.norm == "rms" else "LayerNorm",
         "norm_epsilon": a.norm_eps,
         "qk_layernorm": a.qk_norm,
+        "softmax_type": "learnable" if a.sinks else "vanilla",
         "window_size": None if a.window is None else (a.window - 1, 0),
+        "window_attn_skip_freq": window_flags(a),
         "attention_dropout": a.attention_dropout,
         "hidden_dropout": a.hidden_dropout,
         "apply_query_key_layer_scaling": False,
@@ -90,6 +98,7 @@ def to_args(
         **_unnamed(a),
         **_moe_args(a),
         **mla_args(a),
+        **yarn_args(a),
         "attention_output_gate": a.output_gate,
         **linear_args(a),
         "mtp_num_layers": a.mtp_depth or None,
@@ -126,7 +135,7 @@ def _unnamed(a: Architecture) -> dict[str, Any]:
     """What Megatron-LM 0.16 has no arguments for: fields of TransformerConfig, which it takes over from args of the
     same name (arguments.py core_transformer_config_from_args), and entries of our own."""
     found: dict[str, Any] = {}
-    if a.gated and a.activation != "silu":
+    if a.gated and a.activation not in ("silu", "quick_gelu"):
         found["gated_linear_unit"] = True
     if found or a.activation == "relu":
         found[HIDDEN_ACT] = a.activation
@@ -136,6 +145,12 @@ def _unnamed(a: Architecture) -> dict[str, Any]:
         found[FOLDED] = asdict(a.folded)
     if a.spare_positions:
         found[SPARE_POSITIONS] = a.spare_positions
+    if a.qk_norm_whole:
+        found[QK_NORM_WHOLE] = True
+    if a.moe and a.moe.group_score is not None:
+        found[GROUP_SCORE] = a.moe.group_score
+    if reason := inexact(a):
+        found[INEXACT] = reason
     return found
 
 
@@ -160,6 +175,73 @@ def _moe_args(a: Architecture) -> dict[str, Any]:
         "moe_grouped_gemm": True,
         "moe_router_load_balancing_type": "none",
     }
+
+
+def position_embedding(a: Architecture) -> str:
+    """The value of --position-embedding-type; latent attention has its yarn under --rope-type."""
+    if a.rope is None:
+        return "learned_absolute"
+    return "yarn" if a.mla is None and a.rope.scaling and a.rope.scaling.kind == "yarn" else "rope"
+
+
+def window_flags(a: Architecture) -> list[int] | None:
+    """1 for each layer whose attention has the window, None where all have (transformer/utils.py is_layer_window_attention)."""
+    return None if a.window_layers is None else [int(layer in a.window_layers) for layer in range(a.num_layers)]
+
+
+def yarn_args(a: Architecture) -> dict[str, Any]:
+    """Yarn of plain attention, by the names that GPTModel looks for in its config (gpt_model.py 0.16.1).
+
+    Megatron-LM has arguments for them since June 2026 (argument_utils.py _apply_yarn_config_from_args), some by the names
+    of latent attention's.
+    """
+    if position_embedding(a) != "yarn":
+        return {}
+    assert a.rope is not None and a.rope.scaling is not None
+    yarn = a.rope.scaling
+    return {
+        "yarn_rotary_scaling_factor": yarn.factor,
+        "yarn_original_max_position_embeddings": yarn.original_max_positions,
+        "yarn_beta_fast": yarn.beta_fast,
+        "yarn_beta_slow": yarn.beta_slow,
+        "yarn_mscale": yarn.mscale,
+        "yarn_mscale_all_dim": yarn.mscale_all_dim,
+        "yarn_correction_range_round_to_int": yarn.truncate,
+        "rotary_scaling_factor": yarn.factor,
+        "mscale": yarn.mscale,
+        "mscale_all_dim": yarn.mscale_all_dim,
+    }
+
+
+def _plain_yarn(args: Args) -> RopeScaling:
+    def get(name: str, default: Any) -> Any:
+        """As GPTModel's config has it, else as Megatron-LM's arguments say it."""
+        found = args.get(f"yarn_{name}", args.get(name))
+        return default if found is None else found
+
+    return RopeScaling(
+        "yarn",
+        float(get("rotary_scaling_factor", 1.0)),
+        original_max_positions=get("original_max_position_embeddings", 4096),
+        beta_fast=float(get("beta_fast", 32.0)),
+        beta_slow=float(get("beta_slow", 1.0)),
+        mscale=float(get("mscale", 1.0)),
+        mscale_all_dim=float(get("mscale_all_dim", 0.0)),
+        truncate=bool(get("correction_range_round_to_int", True)),
+    )
+
+
+def _window_layers(args: Args, window: Any) -> tuple[int, ...] | None:
+    """The layers with the window: all but every n-th, or those with a 1 (transformer/utils.py is_layer_window_attention)."""
+    frequency, count = args.get("window_attn_skip_freq"), args["num_layers"]
+    if window is None or frequency is None:
+        return None
+    if isinstance(frequency, str):
+        frequency = _frequency(frequency)
+    if isinstance(frequency, int):
+        frequency = [int((layer + 1) % frequency != 0) for layer in range(count)]
+    held = tuple(layer for layer, flag in enumerate(frequency[:count]) if flag)
+    return None if len(held) == count else held
 
 
 def mla_args(a: Architecture) -> dict[str, Any]:
@@ -259,6 +341,7 @@ def _moe(args: Args, num_layers: int, ffn_size: int) -> MixtureOfExperts | None:
         bool(args.get("moe_router_enable_expert_bias")),
         args.get("moe_router_num_groups"),
         args.get("moe_router_group_topk"),
+        args.get(GROUP_SCORE),
         args.get("moe_shared_expert_intermediate_size") or 0,
         bool(args.get("moe_shared_expert_gate")),
     )
@@ -328,7 +411,7 @@ def from_args(args: Args) -> Architecture:
             )
     heads, hidden = args["num_attention_heads"], args["hidden_size"]
     linear_bias = bool(args.get("add_bias_linear", not args.get("disable_bias_linear", False)))
-    gated = bool(args.get("swiglu") or args.get("gated_linear_unit"))
+    gated = bool(args.get("swiglu") or args.get("quick_geglu") or args.get("gated_linear_unit"))
     ffn = args.get("ffn_hidden_size") or (int((4 * hidden * 2 / 3) / 64) * 64 if gated else 4 * hidden)
     window = args.get("window_size")
     if window is not None and (len(window) != 2 or window[1] != 0):
@@ -351,12 +434,17 @@ def from_args(args: Args) -> Architecture:
         norm_eps=args.get("norm_epsilon", args.get("layernorm_epsilon", 1e-5)),
         activation=_activation(args),
         gated=gated,
+        glu_offset=float(args.get("glu_linear_offset") or 0.0) if gated else 0.0,
+        clamp=args.get("activation_func_clamp_value") if gated else None,
         qkv_bias=bool(args.get("add_qkv_bias")) and not linear_bias,  # a bias on every linear includes qkv
         linear_bias=linear_bias,
         qk_norm=bool(args.get("qk_layernorm")),
+        qk_norm_whole=bool(args.get(QK_NORM_WHOLE)),
         tied=not args.get("untie_embeddings_and_output_weights", False),
         rope=_rope(args),
         window=None if window is None else window[0] + 1,
+        window_layers=_window_layers(args, window),
+        sinks=_sinks(args),
         no_rope_layers=_no_rope(args),
         moe=_moe(args, args["num_layers"], ffn),
         mla=_mla(args),
@@ -373,9 +461,11 @@ def from_args(args: Args) -> Architecture:
     )
 
 
-def _activation(args: Args) -> Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]:
+def _activation(args: Args) -> Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"]:
     if args.get("swiglu"):
         return "silu"
+    if args.get("quick_geglu"):
+        return "quick_gelu"
     if args.get("squared_relu"):
         return "relu2"
     named = args.get(HIDDEN_ACT)
@@ -398,18 +488,32 @@ def _folded(args: Args) -> Folded | None:
         ) from error
 
 
+def _sinks(args: Args) -> bool:
+    kind = args.get("softmax_type") or "vanilla"
+    if kind not in ("vanilla", "learnable"):
+        raise CheckpointError(
+            "this kind of softmax is not converted", where="args", expected="vanilla or learnable", found=kind
+        )
+    return kind == "learnable"
+
+
 def _rope(args: Args) -> Rope | None:
     kind = args.get(
         "position_embedding_type", "rope" if args.get("use_rotary_position_embeddings") else "learned_absolute"
     )
     if kind == "learned_absolute":
         return None
-    if kind != "rope":
+    if kind not in ("rope", "yarn"):
         raise CheckpointError(
-            "this position embedding is not converted", where="args", expected="rope or learned_absolute", found=kind
+            "this position embedding is not converted",
+            where="args",
+            expected="rope, yarn or learned_absolute",
+            found=kind,
         )
     scaling = None
-    if args.get("multi_latent_attention"):
+    if kind == "yarn" and not args.get("multi_latent_attention"):
+        scaling = _plain_yarn(args)
+    elif args.get("multi_latent_attention"):
         if args.get("rope_type", "yarn") == "yarn" and args.get("rotary_scaling_factor", 40) != 1:
             scaling = RopeScaling(
                 "yarn",

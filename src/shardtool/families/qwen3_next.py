@@ -15,6 +15,7 @@ from shardtool.families.blocks import (
     HIDDEN,
     IN_PROJ,
     IN_PROJ_GROUPED,
+    MTP_INPUT,
     OUT_NORM,
     Row,
     attention,
@@ -43,7 +44,7 @@ IN_PROJ_APART: Row = (  # Qwen3.5: all queries, keys and values; the gates; beta
 MTP: list[Row] = [
     ("mtp.pre_fc_norm_embedding.weight", HIDDEN,       "enorm.weight",           None),
     ("mtp.pre_fc_norm_hidden.weight",    HIDDEN,       "hnorm.weight",           None),
-    ("mtp.fc.weight",                    "o i -> o i", "eh_proj.weight",         "o"),
+    ("mtp.fc.weight",                    MTP_INPUT,    "eh_proj.weight",         "o"),
     ("mtp.norm.weight",                  HIDDEN,       "final_layernorm.weight", None),
 ]
 # fmt: on

@@ -18,10 +18,12 @@ def read_rope(
     latent: bool = False,
     fraction: float | None = None,
     interleaved: bool = False,
+    yarn: bool = False,
 ) -> Rope:
     """The rotary embedding of a config.json: rope_theta + rope_scaling, or rope_parameters.
 
-    `theta` is what the configuration class takes where none is given; `latent` attention knows yarn; `fraction` is the
+    `theta` is what the configuration class takes where none is given; `latent` attention knows yarn, plain attention
+    where `yarn` says so (its arguments are no fields of TransformerConfig, gpt_model.py 0.16.1); `fraction` is the
     default share of each head that is rotated, for families where it may be less than all; `interleaved` says that
     neighbouring dims are a pair. Raises ValueError for a kind that megatron-core's GPTModel cannot express.
     """
@@ -31,10 +33,10 @@ def read_rope(
     part = float(scaling.get("partial_rotary_factor", config.get("partial_rotary_factor") or fraction or 1.0))
     if part != 1.0 and fraction is None:
         raise ValueError(f"partial_rotary_factor {part}: this family's attention rotates whole heads")
-    return Rope(base, part, interleaved, _scaling(kind, scaling, latent))
+    return Rope(base, part, interleaved, _scaling(kind, scaling, latent, yarn))
 
 
-def _scaling(kind: str, scaling: Mapping[str, Any], latent: bool) -> RopeScaling | None:
+def _scaling(kind: str, scaling: Mapping[str, Any], latent: bool, yarn: bool) -> RopeScaling | None:
     if kind == "default":
         return None
     if kind == "linear":
@@ -46,15 +48,15 @@ def _scaling(kind: str, scaling: Mapping[str, Any], latent: bool) -> RopeScaling
                 f"llama3 rope scaling with constants {tuple(found.values())}: megatron-core fixes them to (1, 4, 8192)"
             )
         return RopeScaling("llama3", float(scaling["factor"]))
-    if kind == "yarn" and latent:
-        return _read_yarn(scaling)
+    if kind == "yarn" and (latent or yarn):
+        return _read_yarn(scaling, latent)
     raise ValueError(f"rope type {kind!r}: megatron-core's GPTModel has default, linear and llama3")
 
 
-def _read_yarn(scaling: Mapping[str, Any]) -> RopeScaling:
+def _read_yarn(scaling: Mapping[str, Any], latent: bool) -> RopeScaling:
     if scaling.get("attention_factor") is not None:
         raise ValueError("yarn with an attention_factor of its own: megatron-core computes it")
-    if not scaling.get("truncate", True):
+    if latent and not scaling.get("truncate", True):
         raise ValueError("yarn without truncate: megatron-core's latent attention always rounds its correction range")
     mscale_all = float(scaling.get("mscale_all_dim") or 0.0)
     return RopeScaling(
@@ -63,7 +65,8 @@ def _read_yarn(scaling: Mapping[str, Any]) -> RopeScaling:
         original_max_positions=int(scaling["original_max_position_embeddings"]),
         beta_fast=float(scaling.get("beta_fast") or 32),
         beta_slow=float(scaling.get("beta_slow") or 1),
-        mscale=float(scaling.get("mscale") or 1.0),
+        # transformers uses mscale only where both are given (modeling_rope_utils.py 5.23)
+        mscale=float(scaling.get("mscale") or 1.0) if latent or mscale_all else 1.0,
         mscale_all_dim=mscale_all,
         truncate=bool(scaling.get("truncate", True)),
     )
@@ -92,10 +95,12 @@ def write_rope(rope: Rope | None) -> dict[str, Any]:
     return keys | {"rope_scaling": scaling}
 
 
-def rope_refusal(config: Mapping[str, Any], *, latent: bool = False, partial: bool = False) -> str | None:
+def rope_refusal(
+    config: Mapping[str, Any], *, latent: bool = False, partial: bool = False, yarn: bool = False
+) -> str | None:
     """Why the rotary embedding of a config.json cannot be converted, or None."""
     try:
-        read_rope(config, latent=latent, fraction=1.0 if partial else None)
+        read_rope(config, latent=latent, fraction=1.0 if partial else None, yarn=yarn)
     except (ValueError, KeyError, TypeError) as error:
         return f"incomplete rope scaling, {error} is missing" if isinstance(error, KeyError) else str(error)
     return None

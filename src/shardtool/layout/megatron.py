@@ -217,8 +217,10 @@ class _Legacy:
         placed: set[tuple[int, int]] = set()
         for (_, ep), etp, file in self.ranks(chunk):
             ids = expert_block(self.sizes, self.mesh, ep)
-            cut, replica = cuts[etp][0], (ep, etp) in placed
-            placed.add((ep, etp))
+            cut = cuts[etp][0]
+            shard = (ep, etp if cut else 0)  # what is not cut is on every expert tensor parallel rank
+            replica = shard in placed
+            placed.add(shard)
             ranges = (cut,) if cut else ()
             dims, axes = rule.target, names
             if "{e}" in name:

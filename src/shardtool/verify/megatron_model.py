@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,6 +23,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from shardtool.errors import ShardtoolError, UsageError
 from shardtool.families.architecture import Architecture, Rope
+from shardtool.families.exactness import inexact
+from shardtool.families.megatron_args import window_flags, yarn_args
 from shardtool.layout.mesh import Chunk, Mesh, parse_pipeline_layout, virtual_stages
 
 LLAMA3_CONSTANTS = (1.0, 4.0, 8192)  # low_freq_factor, high_freq_factor, original positions: rotary_pos_embedding.py
@@ -32,7 +35,10 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "relu2": squared_relu}
+ACTIVATIONS = {
+    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "relu2": squared_relu,
+    "quick_gelu": quick_gelu,
+}  # fmt: skip
 
 
 def transformer_config(arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
@@ -43,7 +49,7 @@ def transformer_config(arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> Tr
     """
     vpp = virtual_stages(mesh)
     kind = TransformerConfig if arch.mla is None else MLATransformerConfig
-    return kind(
+    config = kind(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         num_attention_heads=arch.num_heads,
@@ -55,6 +61,9 @@ def transformer_config(arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> Tr
         layernorm_epsilon=arch.norm_eps,
         activation_func=ACTIVATIONS[arch.activation],
         gated_linear_unit=arch.gated,
+        glu_linear_offset=arch.glu_offset,
+        activation_func_clamp_value=arch.clamp,
+        softmax_type="learnable" if arch.sinks else "vanilla",
         add_bias_linear=arch.linear_bias,
         add_qkv_bias=arch.qkv_bias or arch.linear_bias,
         qk_layernorm=arch.qk_norm,
@@ -62,6 +71,7 @@ def transformer_config(arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> Tr
         rotary_interleaved=arch.rope is not None and arch.rope.interleaved,
         # W visible tokens are the token itself and W - 1 before it
         window_size=None if arch.window is None else (arch.window - 1, 0),
+        window_attn_skip_freq=window_flags(arch),
         no_rope_freq=[int(layer in arch.no_rope_layers) for layer in range(arch.num_layers)]
         if arch.no_rope_layers
         else None,
@@ -90,6 +100,10 @@ def transformer_config(arch: Architecture, mesh: Mesh, dtype: torch.dtype) -> Tr
         **_mla_arguments(arch),
         **_linear_arguments(arch),
     )
+    for name, value in yarn_args(arch).items():
+        if name.startswith("yarn_"):  # GPTModel looks for these in the config, which has no fields for them
+            setattr(config, name, value)
+    return config
 
 
 def expert_tp(arch: Architecture, mesh: Mesh) -> int:
@@ -221,13 +235,11 @@ def _position_arguments(rope: Rope | None, *, latent: bool) -> dict[str, Any]:
     scaling = rope.scaling
     if scaling is None:
         return arguments
+    if scaling.kind == "yarn":
+        return {**arguments, "position_embedding_type": "yarn"}
     if scaling.kind == "linear":
         return {**arguments, "seq_len_interpolation_factor": scaling.factor}
     found = (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_positions)
-    if scaling.kind != "llama3":
-        raise UsageError(
-            "this rope scaling is built for latent attention only", expected="linear or llama3", found=scaling.kind
-        )
     if found != LLAMA3_CONSTANTS:
         raise UsageError(
             "megatron-core cannot express this rope scaling",
@@ -258,6 +270,11 @@ def build_stage(arch: Architecture, mesh: Mesh, chunk: Chunk, dtype: torch.dtype
     Raises UsageError where megatron-core cannot express `arch` or the split, and when it would put other layers into
     this chunk than `chunk` says.
     """
+    if reason := inexact(arch):
+        raise UsageError(
+            f"megatron-core computes another function from these weights: {reason}",
+            hint="`verify --level accounting --level exact` compares the weights",
+        )
     vp_stage = chunk.vpp if virtual_stages(mesh) > 1 else None
     groups = _stage_groups(mesh, chunk.pp)
     try:
