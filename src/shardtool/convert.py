@@ -14,6 +14,7 @@ from typing import Any
 
 from shardtool.checkpoint.huggingface import (
     HuggingFace,
+    companions,
     config_bytes,
     copy_companions,
     huggingface_target,
@@ -205,7 +206,7 @@ def _to_megatron(
         args = _carry_run(args, run)
     number = iteration or 0
     if options.format == "torch":
-        target = legacy_target(tensors, args, files.values(), virtual_stages(mesh), number, options.spec)
+        target = legacy_target(tensors, args, files, virtual_stages(mesh), number, options.spec)
     else:
         target = dist_target(tensors, target_layout, args, a, number)
     return Prepared(
@@ -297,9 +298,11 @@ def prepare_megatron2hf(
     config = {**given} if given else family.write_config(a, main)
     config["dtype" if "dtype" in config else "torch_dtype"] = main
     config.pop("quantization_config", None)  # what is written is dequantised
-    companions = hf if hf is not None and hf.is_dir() else None
+    model = hf if hf is not None and hf.is_dir() else None
+    if model is not None:
+        companions(model)  # refuse now what could not be copied at the end
     return Prepared(
-        "megatron2hf", opened, made, target, a, "", {"config.json": config_bytes(config)}, companions, notes, dtypes
+        "megatron2hf", opened, made, target, a, "", {"config.json": config_bytes(config)}, model, notes, dtypes
     )
 
 

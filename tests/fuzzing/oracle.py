@@ -5,6 +5,7 @@ A conversion of a broken checkpoint that was accepted must be the conversion of 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -86,9 +87,13 @@ def _distributed(source: Path, target: Path) -> None:
     dcp.load(state, storage_reader=FileSystemReader(source), no_dist=True)
     dcp.save(state, storage_writer=FileSystemWriter(target), no_dist=True)
     if (source / "common.pt").exists():
-        torch.save(torch.load(source / "common.pt", weights_only=True), target / "common.pt")
+        common = torch.load(source / "common.pt", weights_only=True)
     else:
-        raise ValueError("the common state is inside")
+        held = {"common_state/shard_0_1": io.BytesIO()}
+        dcp.load(held, storage_reader=FileSystemReader(source), no_dist=True)
+        (common,) = held.values()
+        common = common[0] if isinstance(common, list) else common
+    torch.save(common, target / "common.pt")
     (target / "metadata.json").write_text(json.dumps(json.loads((source / "metadata.json").read_text())))
 
 

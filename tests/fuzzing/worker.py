@@ -39,6 +39,7 @@ def main() -> None:
             if str(args[0]).partition(".")[0] not in sys.stdlib_module_names:
                 seen.append(f"import {args[0]}")
 
+    command("inspect", os.devnull)  # whatever is imported by a command is here before anything is watched
     sys.addaudithook(hook)
     resource.setrlimit(resource.RLIMIT_AS, (SPACE, SPACE))
     for line in sys.stdin:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
@@ -19,12 +20,16 @@ from shardtool.families.blocks import axis_sizes
 from shardtool.families.family import Family
 from shardtool.families.registry import family_of
 from shardtool.formats import hf_bin, safetensors_files
-from shardtool.formats.hf_index import strict_json
+from shardtool.formats.hf_index import plain_file, strict_json
+from shardtool.formats.inert import brief
+from shardtool.formats.small_files import CONFIG_BYTES, read_small
 from shardtool.formats.stored import ITEMSIZE, Skeleton, Stored
 from shardtool.layout.huggingface import huggingface_layout
 from shardtool.layout.layout import Key
 
 CONFIG = "config.json"
+COUNTED = re.compile(r"(num|n)_\w*(layer|expert|head|group)s?\w*|\w*_layers")
+MOST = 100_000  # layers, experts, heads: what is written out one by one
 # what travels with the weights: tokenizer, chat template, generation settings
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -47,9 +52,16 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG if path.is_dir() else path
     if not file.is_file():
         raise UsageError("no config.json", where=str(file), hint="give a Hugging Face directory or its config.json")
-    config = strict_json(file.read_bytes(), str(file))
-    if not isinstance(config, dict):
-        raise CheckpointError("config.json is no object", where=str(file), found=type(config).__name__)
+    if path.is_dir():
+        plain_file(path, CONFIG, str(path))
+    config = strict_json(read_small(file, CONFIG_BYTES), str(file))
+    for name, value in config.items():
+        counted = COUNTED.fullmatch(name) and isinstance(value, int) and value > MOST
+        if counted or (isinstance(value, list) and len(value) > MOST):
+            raise CheckpointError(
+                "a config says more than a model has", where=f"{file}: {name}", expected=f"at most {MOST}",
+                found=brief(value),
+            )  # fmt: skip
     return config
 
 
@@ -60,8 +72,13 @@ def open_huggingface(path: Path) -> HuggingFace:
     are not those of the model.
     """
     config = read_config(path)
-    family = family_of(config)
-    architecture = family.read_config(config)
+    try:
+        family = family_of(config)
+        architecture = family.read_config(config)
+    except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise CheckpointError(
+            "config.json cannot be understood", where=str(path / CONFIG), found=f"{type(error).__name__}: {error}"
+        ) from error
     stored = dequantised(_stored(path, family), config, str(path))
     mtp = family.mtp_prefix.format(n=architecture.num_layers)
     if architecture.mtp_layers and not any(name.startswith(mtp) for name in stored):
@@ -111,11 +128,20 @@ def config_bytes(config: Mapping[str, Any]) -> bytes:
     return (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode()
 
 
+def companions(source: Path) -> list[str]:
+    """Tokenizer, chat template and generation config: the names of those that are there.
+
+    CheckpointError where one is a link out of the directory: a copy of that file would travel with the model.
+    """
+    there = [name for name in COMPANIONS if (source / name).is_file()]
+    for name in there:
+        plain_file(source, name, str(source))
+    return there
+
+
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, chat template and generation config; the names of the files that were there."""
-    copied = []
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-            copied.append(name)
+    """Copy what `companions` finds; the names."""
+    copied = companions(source)
+    for name in copied:
+        shutil.copyfile(source / name, target / name)
     return copied

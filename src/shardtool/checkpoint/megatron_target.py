@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import product
 from typing import Any
@@ -41,13 +41,17 @@ def rank_files(mesh: Mesh, *, experts: bool = False) -> dict[tuple[int, int, int
 def legacy_target(
     tensors: Sequence[TargetTensor],
     args: Mapping[str, Any],
-    files: Iterable[str],
+    files: Mapping[tuple[int, int, int], str],
     virtual: int,
     iteration: int,
     spec: str,
 ) -> Target:
-    """One model_optim_rng.pt per rank; every rank of the mesh gets a file, also one without tensors."""
-    by_file: dict[str, list[list[TargetTensor]]] = {file: [[] for _ in range(virtual)] for file in files}
+    """One model_optim_rng.pt per rank; every rank of the mesh gets a file, also one without tensors.
+
+    As Megatron-LM's, its args hold the rank of the process, so that exchanged files are noticed.
+    """
+    by_file: dict[str, list[list[TargetTensor]]] = {file: [[] for _ in range(virtual)] for file in files.values()}
+    ranks = {file: tp + args["tensor_model_parallel_size"] * pp for (tp, pp, _), file in files.items()}
     for tensor in tensors:
         by_file[tensor.key[0]][tensor.key[2][0]].append(tensor)
     skeletons: dict[str, Skeleton] = {}
@@ -55,7 +59,9 @@ def legacy_target(
     for file, chunks in by_file.items():
         specs = [[(tensor.key[1], tensor.shape, tensor.dtype) for tensor in chunk] for chunk in chunks]
         extra = [_extra_states([spec_[0] for spec_ in chunk], spec) for chunk in specs]
-        skeletons[file] = megatron_legacy.rank_skeleton({**args, "iteration": iteration}, specs, iteration, extra)
+        skeletons[file] = megatron_legacy.rank_skeleton(
+            {**args, "iteration": iteration, "rank": ranks[file]}, specs, iteration, extra
+        )
         for number, chunk in enumerate(chunks):
             places.update({tensor.key: (file, (number, tensor.key[1])) for tensor in chunk})
     return Target(skeletons, places)

@@ -56,7 +56,11 @@ def plain_file(directory: Path, name: object, where: str) -> Path:
             "an index names a file outside of its directory", where=where, expected="a plain file name",
             found=repr(name)[:100], hint="do not use this checkpoint: an honest index has no such entry",
         )  # fmt: skip
-    path = directory / name
+    return inside(directory, directory / name)
+
+
+def inside(directory: Path, path: Path) -> Path:
+    """`path`, if it is a file that belongs to the directory: see plain_file. Raises CheckpointError."""
     try:
         target, home = path.resolve(strict=True), directory.resolve(strict=True)
     except (OSError, RuntimeError) as error:
