@@ -28,7 +28,8 @@ from shardtool.checkpoint.padding import cut_rows, padding_rows
 from shardtool.checkpoint.structure import structure
 from shardtool.checkpoint.target import Target, resolve_dtypes, target_tensors
 from shardtool.errors import CheckpointError, UsageError
-from shardtool.execute import engine
+from shardtool.execute import engine, finite
+from shardtool.execute.lower import source_keys
 from shardtool.execute.memory import Memory
 from shardtool.execute.ranks import Ranks, shares
 from shardtool.execute.staging import check_destination, staged, write_small
@@ -40,7 +41,7 @@ from shardtool.families.megatron_args import FAMILY_NAME, to_args
 from shardtool.families.registry import family_of, infer_family
 from shardtool.formats.tracker import TRACKER, iteration_name, tracker_bytes
 from shardtool.layout.huggingface import huggingface_layout
-from shardtool.layout.layout import Layout, centred
+from shardtool.layout.layout import Key, Layout, centred
 from shardtool.layout.megatron import Spelling, dist_layout, legacy_layout
 from shardtool.layout.mesh import Mesh, chunks, padded_vocab, virtual_stages
 from shardtool.layout.rules import Rule
@@ -346,11 +347,13 @@ def execute(
     progress: Callable[[int, str], None] | None = None,
     durable: bool = True,
     ranks: Ranks | None = None,
+    allow_nan: bool = False,
 ) -> Summary:
     """Write a prepared conversion to DST: all of it, or nothing. With `ranks` this process writes its share.
 
-    Replicas in the source are compared with each other first; CheckpointError where they differ. Without `durable`
-    nothing waits for the device.
+    Replicas in the source are compared with each other first; CheckpointError where they differ. Values that change on
+    the way are looked at before: CheckpointError where some are no numbers or do not fit the new dtype, with `allow_nan`
+    a note. Without `durable` nothing waits for the device.
     """
     started = time.monotonic()
     source = prepared.source
@@ -364,7 +367,9 @@ def execute(
         result = _write(prepared, Path(ranks.begin(digest)), ranks, jobs, progress, durable)
         ranks.report(result)
     else:
-        notes += cut_rows(prepared.plan, source)
+        changed = _changed(prepared)
+        found = finite.scan(changed, source.locate, changed, jobs=jobs) if changed else []
+        notes += cut_rows(prepared.plan, source) + finite.refuse(found, str(source.path), allowed=allow_nan)
         with staged(dst) as stage:
             ranks.begin(digest, str(stage))
             result = ranks.gather(_write(prepared, stage, ranks, jobs, progress, durable))
@@ -375,6 +380,22 @@ def execute(
         len(prepared.target.skeletons), time.monotonic() - started, digest, len(source.ignored), result["compared"],
         notes, result["peak"], ranks.size,
     )  # fmt: skip
+
+
+def _changed(prepared: Prepared) -> dict[Key, str]:
+    """The source tensors whose values are converted, with the dtype that is written."""
+    held = prepared.source.headers
+    stored = {header.dtype for header in held.values()}
+    kept = all(copy.src.codec == copy.dst.codec for copy in prepared.plan.copies)
+    if kept and len(stored) == 1 and stored == set(prepared.dtypes.values()):
+        return {}
+    return {
+        key: task.dtype
+        for task in engine.tasks(prepared.plan, lambda key: prepared.target.payload(key)[1].dtype)
+        for source in task.sources
+        for key in source_keys(task._replace(sources=(source,)))
+        if source.change is not None or held[key].dtype != task.dtype
+    }
 
 
 def _write(

@@ -17,7 +17,10 @@ def _shown(text: str | None) -> str | None:
 
     Names come from files that others have made: a tensor's name could hold line breaks or move the terminal's cursor.
     """
-    if text is None or (text.isprintable() and len(text) <= LONGEST):
+    if text is None:
+        return None
+    text = str(text)  # a value of a file where a word belongs
+    if text.isprintable() and len(text) <= LONGEST:
         return text
     text = text if len(text) <= LONGEST else text[:LONGEST] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -194,18 +194,19 @@ def main(arguments: list[str]) -> int:
     if unknown := sorted(set(given.readers) - set(seeds.READERS)):
         parser.error(f"unknown reader {', '.join(unknown)}; known: {', '.join(seeds.READERS)}")
     seconds = given.seconds if given.seconds or given.count else 60.0
-    counts, shown = Counts(), time.monotonic()
+    counts, shown, told = Counts(), time.monotonic(), 0
     with tempfile.TemporaryDirectory() as temporary:
         root = given.keep or Path(temporary)
         oracle.remove(root)
         root.mkdir()
         readers = tuple(given.readers) or seeds.READERS
         for counts in campaign(root, readers, count=given.count, seconds=seconds, first=given.first):  # noqa: B007
+            for finding in counts.findings[told:]:
+                sys.stderr.write(f"\n#{finding['number']} {finding['reader']}, {finding['file']}: {finding['text']}\n{finding['err']}\n")
+            told = len(counts.findings)
             if time.monotonic() - shown > 30:
                 shown = time.monotonic()
                 sys.stderr.write(f"{counts.runs} runs, {len(counts.findings)} findings\n")
-    for finding in counts.findings[:40]:
-        sys.stderr.write(f"\n#{finding['number']} {finding['reader']}, {finding['file']}: {finding['text']}\n{finding['err']}\n")
     if given.json:
         given.json.write_text(json.dumps({"findings": counts.findings, "unnamed": counts.unnamed}, indent=1))
     sys.stdout.write("\n".join(counts.lines()) + "\n")

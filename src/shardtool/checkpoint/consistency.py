@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from shardtool.errors import CheckpointError
@@ -102,6 +102,26 @@ def _frequency(value: object) -> bool:
     if isinstance(value, str):
         return len(value) <= MOST and sum(int(number[:10]) for number in re.findall(r"\d+", value)) <= MOST
     return isinstance(value, list | tuple) and len(value) <= MOST and all(item in (0, 1) for item in value)
+
+
+def check_architecture(a: Architecture, where: str) -> None:
+    """Every size is a positive integer, and no other entry is of a kind that none can have. Raises CheckpointError."""
+    for name in ("num_layers", "hidden_size", "num_heads", "num_query_groups", "head_dim", "vocab_size"):
+        value = getattr(a, name)
+        if not (type(value) is int and 1 <= value <= LARGEST):
+            raise CheckpointError(
+                "a config's sizes make no model", where=where, expected=f"a positive {name}", found=brief(value)
+            )
+    for part in (a, a.rope, a.rope.scaling if a.rope else None, a.moe, a.mla):
+        for item in fields(part) if part is not None else ():
+            value = getattr(part, item.name)
+            good = value is None or isinstance(value, bool | str) or is_dataclass(value)
+            good |= isinstance(value, int | float) and _finite(value)
+            good |= isinstance(value, tuple) and all(isinstance(entry, int | float) and _finite(entry) for entry in value)
+            if not good:
+                raise CheckpointError(
+                    "a config's sizes make no model", where=where, expected=f"a number for {item.name}", found=brief(value)
+                )  # fmt: skip
 
 
 def check_save(save: Iteration, iteration: object, version: object, where: str) -> None:

@@ -13,6 +13,7 @@ from shardtool.cli.options import (
     DEFAULT_JOBS,
     AccountEmbedding,
     AccountLoss,
+    AllowNan,
     Budget,
     Divisible,
     Dtype,
@@ -73,7 +74,7 @@ def hf2megatron(
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
     format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te,
     experts: ExpertsOption = Experts.grouped, mtp_name: MtpOption = MtpName.mtp_model_layer, dtype: DtypeOption = Dtype.keep,
-    vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
+    vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False, allow_nan: AllowNan = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
@@ -86,12 +87,12 @@ def hf2megatron(
     source = checkpoint(src)
     check_destination(source, dst, overwrite=overwrite)
     options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
-    _execute(lambda: convert.prepare_hf2megatron(source, options), dst, overwrite, workers(jobs, memory_budget))
+    _execute(lambda: convert.prepare_hf2megatron(source, options), dst, overwrite, workers(jobs, memory_budget), allow_nan)
 
 
 def megatron2hf(
     src: Source, dst: Target, hf: Hf = None, dtype: DtypeOption = Dtype.keep, max_shard_size: ShardSize = "5GB",
-    overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
+    overwrite: Overwrite = False, allow_nan: AllowNan = False, jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Convert a Megatron checkpoint to Hugging Face."""
@@ -105,6 +106,7 @@ def megatron2hf(
         dst,
         overwrite,
         workers(jobs, memory_budget),
+        allow_nan,
     )
 
 
@@ -115,7 +117,7 @@ def reshard(
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
     format: MaybeFormat = None, spec: MaybeSpec = None,
     experts: MaybeExperts = None, mtp_name: MaybeMtp = None, dtype: DtypeOption = Dtype.keep,
-    vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
+    vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False, allow_nan: AllowNan = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
@@ -128,7 +130,7 @@ def reshard(
     source = checkpoint(src)
     check_destination(source, dst, overwrite=overwrite)
     options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
-    _execute(lambda: convert.prepare_reshard(source, options), dst, overwrite, workers(jobs, memory_budget))
+    _execute(lambda: convert.prepare_reshard(source, options), dst, overwrite, workers(jobs, memory_budget), allow_nan)
 
 
 def plan_hf2megatron(
@@ -138,7 +140,7 @@ def plan_hf2megatron(
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
     format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te,
     experts: ExpertsOption = Experts.grouped, mtp_name: MtpOption = MtpName.mtp_model_layer, dtype: DtypeOption = Dtype.keep,
-    vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
+    vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False, allow_nan: AllowNan = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
@@ -155,7 +157,7 @@ def plan_hf2megatron(
 
 def plan_megatron2hf(
     src: Source, dst: MaybeTarget = None, hf: Hf = None, dtype: DtypeOption = Dtype.keep, max_shard_size: ShardSize = "5GB",
-    overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
+    overwrite: Overwrite = False, allow_nan: AllowNan = False, jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """What megatron2hf would do; nothing is written."""
@@ -172,7 +174,7 @@ def plan_reshard(
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
     format: MaybeFormat = None, spec: MaybeSpec = None,
     experts: MaybeExperts = None, mtp_name: MaybeMtp = None, dtype: DtypeOption = Dtype.keep,
-    vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False,
+    vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, overwrite: Overwrite = False, allow_nan: AllowNan = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
@@ -212,14 +214,14 @@ def _options(
     )
 
 
-def _execute(prepare: Callable[[], convert.Prepared], dst: Path, overwrite: bool, jobs: int) -> None:
+def _execute(prepare: Callable[[], convert.Prepared], dst: Path, overwrite: bool, jobs: int, allow_nan: bool) -> None:
     from shardtool.execute.ranks import Ranks  # noqa: PLC0415 - the engine is not needed for --help
 
     with Ranks() as ranks:
-        _converted(prepare(), dst, overwrite, jobs, ranks)
+        _converted(prepare(), dst, overwrite, jobs, allow_nan, ranks)
 
 
-def _converted(prepared: convert.Prepared, dst: Path, overwrite: bool, jobs: int, ranks: Ranks) -> None:
+def _converted(prepared: convert.Prepared, dst: Path, overwrite: bool, jobs: int, allow_nan: bool, ranks: Ranks) -> None:
     from shardtool import convert  # noqa: PLC0415 - the engine is not needed for --help
 
     if not ranks.first:  # the first rank speaks for all
@@ -233,7 +235,7 @@ def _converted(prepared: convert.Prepared, dst: Path, overwrite: bool, jobs: int
         + (f", {ranks.size} processes" if ranks.size > 1 else "")
     )
     with console.progress(total, prepared.direction) as advance:
-        summary = convert.execute(prepared, dst, overwrite=overwrite, jobs=jobs, progress=advance, ranks=ranks)
+        summary = convert.execute(prepared, dst, overwrite=overwrite, jobs=jobs, progress=advance, ranks=ranks, allow_nan=allow_nan)
     rate = summary.bytes_written / summary.seconds if summary.seconds else 0
     lines = [
         f"{summary.dst}: {summary.tensors} tensors in {summary.files} files, {console.size(summary.bytes_read)} read, "

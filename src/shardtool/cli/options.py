@@ -125,6 +125,7 @@ Hf = Annotated[Path | None, typer.Option("--hf", metavar="DIR|CONFIG", help="The
 ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest safetensors file.", rich_help_panel=OUTPUT)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST: the new one is complete before the old one goes.", rich_help_panel=OUTPUT)]
 
+AllowNan = Annotated[bool, typer.Option("--allow-nan", help="Take NaN, Inf and values too large for a new dtype as they are, with a note.", rich_help_panel=OUTPUT)]
 Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Worker threads.", rich_help_panel=COMMON)]
 Budget = Annotated[str, typer.Option("--memory-budget", metavar="SIZE", help="Most memory for buffers.", rich_help_panel=COMMON)]
 Recipe = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A recipe: a TOML table of option names and values.", callback=_recipe, is_eager=True, rich_help_panel=COMMON)]
