@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import overload
 
-
 LONGEST = 2000  # characters of one part of an error
 
 

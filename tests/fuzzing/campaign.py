@@ -79,7 +79,14 @@ class Worker:
         seconds = time.monotonic() - begin
         if not line:
             self.close()
-            return {"code": -1, "err": "", "seen": [], "peak": 0, "seconds": seconds, "gone": "hang" if not ready else "died"}
+            return {
+                "code": -1,
+                "err": "",
+                "seen": [],
+                "peak": 0,
+                "seconds": seconds,
+                "gone": "hang" if not ready else "died",
+            }
         return {**json.loads(line), "seconds": seconds, "gone": ""}
 
     def close(self) -> None:
@@ -90,7 +97,9 @@ class Worker:
             self.process = None
 
 
-def campaign(root: Path, readers: tuple[str, ...], *, count: int | None, seconds: float | None, first: int = 0) -> Iterator[Counts]:
+def campaign(
+    root: Path, readers: tuple[str, ...], *, count: int | None, seconds: float | None = None, first: int = 0
+) -> Iterator[Counts]:
     """Break and read until `count` runs or `seconds` are over; yields the counts after each run. Run n is the same
     whenever the seeds are."""
     every = seeds.build(root / "seeds")
@@ -140,7 +149,7 @@ def _one(work: Path, seed: seeds.Seed, number: int, worker: Worker, counts: Coun
         )  # fmt: skip
 
 
-def _fault(result: dict[str, Any], work: Path, out: Path) -> str:
+def _fault(result: dict[str, Any], work: Path, out: Path) -> str:  # noqa: PLR0911 - one return per fault
     """What is wrong with a run whatever it was given."""
     err = result["err"]
     if result["gone"]:
@@ -167,7 +176,7 @@ def _wrong(
     clean, expected = work / "clean", work / "expected"
     try:
         oracle.rewrite(source, clean)
-    except oracle.Unreadable as error:
+    except oracle.UnreadableError as error:
         counts.unreadable += 1
         difference = oracle.same_files(out, baseline)
         return f"wrong: accepted, the independent reader says {error}, and {difference}" if difference else ""
@@ -183,8 +192,12 @@ def main(arguments: list[str]) -> int:
     """scripts/fuzz: exit 0 when nothing was found."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="scripts/fuzz", description="Break checkpoints and look at what the tool does.")
-    parser.add_argument("--seconds", type=float, default=None, help="stop after so many seconds [default: 60, without --count]")
+    parser = argparse.ArgumentParser(
+        prog="scripts/fuzz", description="Break checkpoints and look at what the tool does."
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=None, help="stop after so many seconds [default: 60, without --count]"
+    )
     parser.add_argument("--count", type=int, default=None, help="stop after so many broken inputs")
     parser.add_argument("--first", type=int, default=0, help="the number of the first one; a finding names its number")
     parser.add_argument("--json", type=Path, default=None, help="where to write the findings and the unnamed errors")
@@ -200,9 +213,11 @@ def main(arguments: list[str]) -> int:
         oracle.remove(root)
         root.mkdir()
         readers = tuple(given.readers) or seeds.READERS
-        for counts in campaign(root, readers, count=given.count, seconds=seconds, first=given.first):  # noqa: B007
+        for counts in campaign(root, readers, count=given.count, seconds=seconds, first=given.first):
             for finding in counts.findings[told:]:
-                sys.stderr.write(f"\n#{finding['number']} {finding['reader']}, {finding['file']}: {finding['text']}\n{finding['err']}\n")
+                sys.stderr.write(
+                    f"\n#{finding['number']} {finding['reader']}, {finding['file']}: {finding['text']}\n{finding['err']}\n"
+                )
             told = len(counts.findings)
             if time.monotonic() - shown > 30:
                 shown = time.monotonic()

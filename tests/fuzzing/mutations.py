@@ -108,7 +108,9 @@ def _changed(tree: Any, rng: random.Random) -> Any:
                 if not _inside(node, value):
                     node[key] = value
         case 4 if isinstance(node[key], int) and not isinstance(node[key], bool):
-            node[key] = rng.choice((node[key] + 1, node[key] - 1, node[key] * 2, -node[key], float(node[key]), rng.choice(NUMBERS)))
+            node[key] = rng.choice(
+                (node[key] + 1, node[key] - 1, node[key] * 2, -node[key], float(node[key]), rng.choice(NUMBERS))
+            )
         case 5 if isinstance(node[key], str):
             node[key] = rng.choice((*TEXTS, node[key].upper(), node[key] + "x", "./" + node[key], node[key] + "\0"))
         case _:
@@ -186,8 +188,8 @@ EVIL = (
 
 def _doubling(depth: int) -> bytes:
     # a list of the list before, twice, and so on: 2**depth elements in a few bytes
-    return b"]" + b"".join(b"q" + bytes((200 + n % 50,)) + b"0]h" + bytes((200 + n % 50,)) * 1 + b"ah" + bytes((200 + n % 50,)) + b"a"
-                           for n in range(depth))  # fmt: skip
+    steps = (bytes((200 + n % 50,)) for n in range(depth))
+    return b"]" + b"".join(b"q" + memo + b"0]h" + memo + b"ah" + memo + b"a" for memo in steps)
 
 
 BOMBS = (
@@ -249,7 +251,9 @@ def _other(op: bytes, rng: random.Random) -> bytes:
     if op[:1] in (b"X", b"\x8c"):
         head = 5 if op[:1] == b"X" else 2
         text = op[head:]
-        return _text(rng.choice((text.upper(), text[:-1], text + b"1", b"", b"\xff", *(item.encode() for item in TEXTS))))
+        return _text(
+            rng.choice((text.upper(), text[:-1], text + b"1", b"", b"\xff", *(item.encode() for item in TEXTS)))
+        )
     if op[:1] == b"c":
         return rng.choice((b"ctorch\nfloat16\n", b"ctorch\nHalfStorage\n", b"ctorch\nLongStorage\n", b"cmegatron.core.x\nY\n",
                            b"ccollections\nOrderedDict\n", b"cos\nsystem\n"))  # fmt: skip
@@ -280,7 +284,10 @@ def torch_zip(data: bytes, rng: random.Random) -> bytes:
         case 1:
             records.append((name, part[::-1]))
         case 2:
-            records[at] = (rng.choice((name.upper(), "../" + name, "/" + name, name + "x", "data.pkl", "", "x/" + name)), part)
+            records[at] = (
+                rng.choice((name.upper(), "../" + name, "/" + name, name + "x", "data.pkl", "", "x/" + name)),
+                part,
+            )
         case 3:
             records[at] = (name, part[: rng.randrange(len(part) + 1)] + bytes(rng.choice((0, 1, 4, 64))))
         case 4:
@@ -308,11 +315,17 @@ def _zip(records: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED
 def _fields(data: bytes, rng: random.Random) -> bytes:
     """A field of a local header, a directory entry or an end record."""
     made = bytearray(data)
-    magic, size = rng.choice(((b"PK\x03\x04", 30), (b"PK\x01\x02", 46), (b"PK\x05\x06", 22), (b"PK\x06\x06", 56), (b"PK\x06\x07", 20)))
+    magic, size = rng.choice(
+        ((b"PK\x03\x04", 30), (b"PK\x01\x02", 46), (b"PK\x05\x06", 22), (b"PK\x06\x06", 56), (b"PK\x06\x07", 20))
+    )
     places = [at for at in range(len(made) - size) if made[at : at + 4] == magic] or [0]
     at = rng.choice(places) + rng.randrange(4, size)
     width = rng.choice((2, 4, 8))
-    value = (int.from_bytes(made[at : at + width], "little") + rng.choice((1, -1, 8, 64))) if rng.random() < 0.5 else rng.choice(NUMBERS)
+    value = (
+        (int.from_bytes(made[at : at + width], "little") + rng.choice((1, -1, 8, 64)))
+        if rng.random() < 0.5
+        else rng.choice(NUMBERS)
+    )
     made[at : at + width] = (value % (1 << 8 * width)).to_bytes(width, "little")
     return bytes(made)
 
@@ -341,7 +354,9 @@ def files(paths: list[Path], rng: random.Random) -> None:
                 shutil.rmtree(one) if one.is_dir() else one.unlink()
                 shutil.copytree(other, one) if other.is_dir() else shutil.copyfile(other, one)
         case 5:
-            name = rng.choice((one.name.upper(), one.name + "x", one.name.replace("0", "1"), one.name.replace("00", "7")))
+            name = rng.choice(
+                (one.name.upper(), one.name + "x", one.name.replace("0", "1"), one.name.replace("00", "7"))
+            )
             if not one.with_name(name).exists():
                 one.rename(one.with_name(name))
         case 6:

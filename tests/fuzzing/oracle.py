@@ -21,18 +21,18 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 torch.serialization.add_safe_globals([Namespace])
 
 
-class Unreadable(Exception):
+class UnreadableError(Exception):
     """The independent reader does not take the checkpoint."""
 
 
 def rewrite(source: Path, target: Path) -> None:
-    """The checkpoint at `source`, read and written by torch and safetensors. Raises Unreadable."""
+    """The checkpoint at `source`, read and written by torch and safetensors. Raises UnreadableError."""
     try:
         _rewrite(source, target)
     except BaseException as error:  # torch.distributed has one that is no Exception
         if isinstance(error, KeyboardInterrupt):
             raise
-        raise Unreadable(f"{type(error).__name__}: {error}"[:300]) from None
+        raise UnreadableError(f"{type(error).__name__}: {error}"[:300]) from None
 
 
 def _rewrite(source: Path, target: Path) -> None:

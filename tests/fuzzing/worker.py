@@ -19,13 +19,12 @@ FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "s
 
 def main() -> None:
     """Serve until stdin ends."""
-    from commands import command
+    import ml_dtypes  # noqa: F401
+    import numpy  # noqa: F401
 
+    from commands import command
     from shardtool import convert, inspect  # noqa: F401 - so that imports do not count as what a file does
     from shardtool.checkpoint import huggingface  # noqa: F401
-
-    import numpy  # noqa: ICN001, F401
-    import ml_dtypes  # noqa: F401
 
     seen: list[str] = []
     watching = False
@@ -35,9 +34,12 @@ def main() -> None:
             return
         if event in FORBIDDEN:
             seen.append(f"{event} {args!r:.100}")
-        if event == "import" and not str(args[0]).startswith(("shardtool", "numpy", "ml_dtypes", "isal", "encodings", "_")):
-            if str(args[0]).partition(".")[0] not in sys.stdlib_module_names:
-                seen.append(f"import {args[0]}")
+        if (
+            event == "import"
+            and not str(args[0]).startswith(("shardtool", "numpy", "ml_dtypes", "isal", "encodings", "_"))
+            and str(args[0]).partition(".")[0] not in sys.stdlib_module_names
+        ):
+            seen.append(f"import {args[0]}")
 
     command("inspect", os.devnull)  # whatever is imported by a command is here before anything is watched
     sys.addaudithook(hook)

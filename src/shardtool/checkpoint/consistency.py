@@ -117,7 +117,9 @@ def check_architecture(a: Architecture, where: str) -> None:
             value = getattr(part, item.name)
             good = value is None or isinstance(value, bool | str) or is_dataclass(value)
             good |= isinstance(value, int | float) and _finite(value)
-            good |= isinstance(value, tuple) and all(isinstance(entry, int | float) and _finite(entry) for entry in value)
+            good |= isinstance(value, tuple) and all(
+                isinstance(entry, int | float) and _finite(entry) for entry in value
+            )
             if not good:
                 raise CheckpointError(
                     "a config's sizes make no model", where=where, expected=f"a number for {item.name}", found=brief(value)
@@ -179,12 +181,13 @@ def _check_places(ranks: Ranks, args: Mapping[str, Any]) -> None:
     Tensor parallel ranks follow each other, pipeline stages lie the furthest apart; with --use-tp-pp-dp-mapping data
     parallel ranks do (megatron-core parallel_state.py, order "tp-cp-ep-dp-pp" and "tp-cp-ep-pp-dp").
     """
-    numbers = {rank: (file.args or {}).get("rank") for rank, file in ranks.items()}
-    if len(ranks) < 2 or not all(type(number) is int and number >= 0 for number in numbers.values()):
-        return
-    if len(set(numbers.values())) == 1:
-        return  # another tool's files: all with one rank's args
-    tp, pp, world = (args.get(name) or 1 for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "world_size"))
+    found_ranks = {rank: (file.args or {}).get("rank") for rank, file in ranks.items()}
+    numbers = {rank: number for rank, number in found_ranks.items() if isinstance(number, int) and number >= 0}
+    if len(ranks) < 2 or len(numbers) < len(ranks) or len(set(numbers.values())) == 1:
+        return  # not told, or another tool's files: all with one rank's args
+    tp, pp, world = (
+        args.get(name) or 1 for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "world_size")
+    )
     if world % (tp * pp):
         return
     apart = tp if args.get("use_tp_pp_dp_mapping") else world // pp

@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from shardtool.checkpoint.consistency import check_architecture
 from shardtool.checkpoint.opened import Header, Opened, account
 from shardtool.checkpoint.quantised import dequantised
 from shardtool.checkpoint.target import Target, TargetTensor
@@ -79,6 +80,7 @@ def open_huggingface(path: Path) -> HuggingFace:
         raise CheckpointError(
             "config.json cannot be understood", where=str(path / CONFIG), found=f"{type(error).__name__}: {error}"
         ) from error
+    check_architecture(architecture, str(path / CONFIG))
     stored = dequantised(_stored(path, family), config, str(path))
     mtp = family.mtp_prefix.format(n=architecture.num_layers)
     if architecture.mtp_layers and not any(name.startswith(mtp) for name in stored):

@@ -134,8 +134,9 @@ def read_shards(
     places: dict[str, set[str]] = {}
     for tensor, name in weights.items():
         places.setdefault(name, set()).add(tensor)
+    paths = {name: plain_file(directory, name, where) for name in places}  # before any of them is read
     for name, wanted in places.items():
-        found = read_file(plain_file(directory, name, where))
+        found = read_file(paths[name])
         _agree(wanted, found, weights, f"{directory / name}", where)
         tensors.update({tensor: found[tensor] for tensor in found if tensor in wanted})
     held = sum(stored.nbytes for stored in tensors.values())

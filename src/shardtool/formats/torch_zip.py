@@ -210,7 +210,9 @@ def _end_records(window: _Window) -> tuple[int, int, int]:
         raise _broken(window.where, "bytes behind the end record")
     before = at - _LOCATOR.size
     if before >= 0 and window.read(before, 4) == b"PK\x06\x07":
-        _, _, at64, _ = _LOCATOR.unpack(window.read(before, _LOCATOR.size))
+        _, disk, at64, disks = _LOCATOR.unpack(window.read(before, _LOCATOR.size))
+        if disk or disks > 1:
+            raise _broken(window.where, "an archive of several files")
         fields = _EOCD64.unpack(window.read(at64, _EOCD64.size))
         if fields[0] != b"PK\x06\x06":
             raise _broken(window.where, "a zip64 end record that is none")

@@ -66,7 +66,10 @@ def _tracked(root: Path) -> Iteration:
     text = read_small(tracker, 1024).decode("latin-1").strip()
     if text != "release" and not re.fullmatch(r"\d{1,18}", text):
         raise CheckpointError(
-            "the tracker file is damaged", where=str(tracker), expected="an iteration, or release", found=repr(text[:40])
+            "the tracker file is damaged",
+            where=str(tracker),
+            expected="an iteration, or release",
+            found=repr(text[:40]),
         )
     iteration = None if text == "release" else int(text)
     directory = root / iteration_name(iteration)
