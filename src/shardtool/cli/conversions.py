@@ -87,7 +87,9 @@ def hf2megatron(
     source = checkpoint(src)
     check_destination(source, dst, overwrite=overwrite)
     options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
-    _execute(lambda: convert.prepare_hf2megatron(source, options), dst, overwrite, workers(jobs, memory_budget), allow_nan)
+    _execute(
+        lambda: convert.prepare_hf2megatron(source, options), dst, overwrite, workers(jobs, memory_budget), allow_nan
+    )
 
 
 def megatron2hf(
@@ -221,7 +223,9 @@ def _execute(prepare: Callable[[], convert.Prepared], dst: Path, overwrite: bool
         _converted(prepare(), dst, overwrite, jobs, allow_nan, ranks)
 
 
-def _converted(prepared: convert.Prepared, dst: Path, overwrite: bool, jobs: int, allow_nan: bool, ranks: Ranks) -> None:
+def _converted(
+    prepared: convert.Prepared, dst: Path, overwrite: bool, jobs: int, allow_nan: bool, ranks: Ranks
+) -> None:
     from shardtool import convert  # noqa: PLC0415 - the engine is not needed for --help
 
     if not ranks.first:  # the first rank speaks for all
@@ -235,7 +239,9 @@ def _converted(prepared: convert.Prepared, dst: Path, overwrite: bool, jobs: int
         + (f", {ranks.size} processes" if ranks.size > 1 else "")
     )
     with console.progress(total, prepared.direction) as advance:
-        summary = convert.execute(prepared, dst, overwrite=overwrite, jobs=jobs, progress=advance, ranks=ranks, allow_nan=allow_nan)
+        summary = convert.execute(
+            prepared, dst, overwrite=overwrite, jobs=jobs, progress=advance, ranks=ranks, allow_nan=allow_nan
+        )
     rate = summary.bytes_written / summary.seconds if summary.seconds else 0
     lines = [
         f"{summary.dst}: {summary.tensors} tensors in {summary.files} files, {console.size(summary.bytes_read)} read, "
