@@ -31,8 +31,9 @@ from shardtool.checkpoint.padding import cut_rows, padding_rows
 from shardtool.checkpoint.structure import structure
 from shardtool.checkpoint.target import Target, resolve_dtypes, target_tensors
 from shardtool.errors import CheckpointError, ShardtoolError, UsageError
-from shardtool.execute import engine
+from shardtool.execute import engine, finite
 from shardtool.execute.digests import Digests, Span, sha256
+from shardtool.execute.lower import source_keys
 from shardtool.execute.memory import Memory
 from shardtool.execute.ranks import Ranks, shares
 from shardtool.execute.staging import Stage, check_destination, recover, staged, write_small
@@ -45,7 +46,7 @@ from shardtool.families.megatron_args import FAMILY_NAME, GROUP_SCORE, INEXACT, 
 from shardtool.families.registry import family_of, infer_family
 from shardtool.formats.tracker import TRACKER, iteration_name, tracker_bytes
 from shardtool.layout.huggingface import huggingface_layout
-from shardtool.layout.layout import Layout, centred
+from shardtool.layout.layout import Key, Layout, centred
 from shardtool.layout.megatron import Spelling, dist_layout, legacy_layout
 from shardtool.layout.mesh import Mesh, chunks, padded_vocab, virtual_stages
 from shardtool.layout.rules import Rule
@@ -225,7 +226,7 @@ def _to_megatron(
         args = _carry_run(args, run)
     number = iteration or 0
     if options.format == "torch":
-        target = legacy_target(tensors, args, files.values(), virtual_stages(mesh), number, options.spec)
+        target = legacy_target(tensors, args, files, virtual_stages(mesh), number, options.spec)
     else:
         target = dist_target(tensors, target_layout, args, a, number)
     return Prepared(
@@ -333,6 +334,8 @@ def prepare_megatron2hf(
     config["dtype" if "dtype" in config else "torch_dtype"] = main
     config.pop("quantization_config", None)  # what is written is dequantised
     tokenizer = hf if hf is not None and hf.is_dir() else None
+    if tokenizer is not None:
+        companions(tokenizer)  # refuse now what could not be copied at the end
     options = {"hf": None if hf is None else str(hf), "dtype": dtype, "max_shard_size": max_shard_size}
     return Prepared(
         "megatron2hf", opened, made, target, a, "", {"config.json": config_bytes(config)}, tokenizer, notes, dtypes,
@@ -389,6 +392,7 @@ def execute(
     checksums: bool = True,
     tensor_digests: bool = False,
     say: Callable[[str], None] = lambda _: None,
+    allow_nan: bool = False,
 ) -> Summary:
     """Write a prepared conversion to DST: all of it, or nothing. What an earlier run of it has finished is kept.
 
@@ -398,6 +402,8 @@ def execute(
     changes meanwhile. Interrupted after Ctrl-C. Without `durable` nothing waits for the device, and a run that is cut
     off starts over. `checksums` and `tensor_digests` (of each target tensor) go into the manifest; `say` gets a line
     for people where an earlier run is continued, or is not.
+    Values that change on the way are looked at before: CheckpointError where some are no numbers or do not fit the new
+    dtype, with `allow_nan` a note.
     """
     started = time.monotonic()
     source = prepared.source
@@ -420,7 +426,9 @@ def execute(
         stage.journal.close()
         ranks.report(result)
     else:
-        notes += cut_rows(prepared.plan, source)
+        changed = _changed(prepared)
+        found = finite.scan(changed, source.locate, changed, jobs=jobs) if changed else []
+        notes += cut_rows(prepared.plan, source) + finite.refuse(found, str(source.path), allowed=allow_nan)
         with staged(dst, key, subdirectory=prepared.subdirectory, durable=durable, say=say) as stage:
             kept = len(stage.finished)
             if kept:
@@ -438,6 +446,22 @@ def execute(
         len(prepared.target.skeletons), time.monotonic() - started, digest, len(source.ignored), result["compared"],
         notes, result["peak"], ranks.size, kept,
     )  # fmt: skip
+
+
+def _changed(prepared: Prepared) -> dict[Key, str]:
+    """The source tensors whose values are converted, with the dtype that is written."""
+    held = prepared.source.headers
+    stored = {header.dtype for header in held.values()}
+    kept = all(copy.src.codec == copy.dst.codec for copy in prepared.plan.copies)
+    if kept and len(stored) == 1 and stored == set(prepared.dtypes.values()):
+        return {}
+    return {
+        key: task.dtype
+        for task in engine.tasks(prepared.plan, lambda key: prepared.target.payload(key)[1].dtype)
+        for source in task.sources
+        for key in source_keys(task._replace(sources=(source,)))
+        if source.change is not None or held[key].dtype != task.dtype
+    }
 
 
 def _write(

@@ -2,6 +2,28 @@
 
 from __future__ import annotations
 
+from typing import overload
+
+LONGEST = 2000  # characters of one part of an error
+
+
+@overload
+def _shown(text: str) -> str: ...
+@overload
+def _shown(text: None) -> None: ...
+def _shown(text: str | None) -> str | None:
+    """A part of an error as it may be printed: one line, without control characters, not endless.
+
+    Names come from files that others have made: a tensor's name could hold line breaks or move the terminal's cursor.
+    """
+    if text is None:
+        return None
+    text = str(text)  # a value of a file where a word belongs
+    if text.isprintable() and len(text) <= LONGEST:
+        return text
+    text = text if len(text) <= LONGEST else text[:LONGEST] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
 
 class ShardtoolError(Exception):
     """An error that a user can act on.
@@ -24,12 +46,12 @@ class ShardtoolError(Exception):
         details: tuple[str, ...] = (),
     ) -> None:
         super().__init__(what)
-        self.what = what
-        self.where = where
-        self.expected = expected
-        self.found = found
-        self.hint = hint
-        self.details = details  # one line per further finding of the same run, folded over layers
+        self.what = _shown(what)
+        self.where = _shown(where)
+        self.expected = _shown(expected)
+        self.found = _shown(found)
+        self.hint = _shown(hint)
+        self.details = tuple(map(_shown, details))  # one line per further finding of the same run, folded over layers
 
     def as_dict(self) -> dict[str, object]:
         """The error as plain data, for `--json`."""

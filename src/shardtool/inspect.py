@@ -46,8 +46,8 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def inspect_checkpoint(path: Path) -> Inspection:
-    """Look at a checkpoint without reading any payload. What is wrong with its tensors is the inspection's `problem`.
+def inspect_checkpoint(path: Path, *, values: bool = False, allow_nan: bool = False) -> Inspection:
+    """Look at a checkpoint; its payload is read only for `values`. What is wrong with its tensors is the `problem`.
 
     Raises CheckpointError or UsageError where not even its description can be read.
     """
@@ -55,14 +55,14 @@ def inspect_checkpoint(path: Path) -> Inspection:
     if found.kind.startswith("hf_"):
         facts: dict[str, Any] = {"format": f"Hugging Face {'safetensors' if found.kind == 'hf_safetensors' else 'bin'}"}
         opened = open_huggingface(path).opened
-        return _with_tensors(path, facts | _model(opened.architecture), opened)
+        return _with_tensors(path, facts | _model(opened.architecture), opened, values, allow_nan)
     megatron = read_megatron(path)
     facts = {"format": f"Megatron {megatron.format}", **_layout(megatron)}
     try:
         opened = megatron.open()
     except ShardtoolError as error:
         return Inspection(path, facts | _model(megatron.architecture), problem=error)
-    return _with_tensors(path, facts | _model(megatron.architecture), opened)
+    return _with_tensors(path, facts | _model(megatron.architecture), opened, values, allow_nan)
 
 
 def _layout(megatron: Megatron) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _model(a: Architecture) -> dict[str, Any]:
     }
 
 
-def _with_tensors(path: Path, facts: dict[str, Any], opened: Opened) -> Inspection:
+def _with_tensors(path: Path, facts: dict[str, Any], opened: Opened, values: bool, allow_nan: bool) -> Inspection:
     facts |= {
         "tensors": len(opened.headers),
         "parameters": sum(header.nbytes // _width(header.dtype) for header in opened.headers.values()),
@@ -121,7 +121,18 @@ def _with_tensors(path: Path, facts: dict[str, Any], opened: Opened) -> Inspecti
         for key, header in opened.headers.items()
     ]
     count = facts.pop("tensors")
-    return Inspection(path, {**facts, "tensor_count": count}, tensors)
+    facts |= {"tensor_count": count}
+    if not values:
+        return Inspection(path, facts, tensors)
+    from shardtool.execute import finite  # noqa: PLC0415 - numpy, only where values are looked at
+
+    found = finite.scan(opened.headers, opened.locate)
+    facts |= {"not_finite": [str(item) for item in found]}
+    try:
+        finite.refuse(found, str(path), allowed=allow_nan)
+    except ShardtoolError as error:
+        return Inspection(path, facts, tensors, error)
+    return Inspection(path, facts, tensors)
 
 
 def _width(dtype: str) -> int:

@@ -31,40 +31,7 @@ RANK_FILE = "model_optim_rng.pt"
 Tensors = dict[str, torch.Tensor]
 
 
-@pytest.fixture
-def refused(tmp_path: Path) -> Callable[..., Result]:
-    """Run a command that must be refused with an exit code: one error that names `names`, and nothing left behind."""
-
-    def run(code: int, *arguments: object, names: tuple[object, ...] = (), hint: bool = True) -> Result:
-        before = sorted(str(path) for path in tmp_path.rglob("*"))
-        result = command(*arguments, "-q")
-        assert result.code == code, f"{result.command}\n{result.out}\n{result.err}"
-        assert result.err.startswith("error: "), result.err
-        assert result.err.count("error: ") == 1
-        assert "Traceback" not in result.err
-        assert "bug in shardtool" not in result.err
-        assert "\nhint: " in result.err or not hint, result.err
-        for name in names:
-            assert str(name) in result.err, f"{name!r} is not in\n{result.err}"
-        assert sorted(str(path) for path in tmp_path.rglob("*")) == before
-        return result
-
-    return run
-
-
 Refused = Callable[..., Result]
-
-
-@pytest.fixture
-def copied(tmp_path: Path) -> Callable[[Path], Path]:
-    """A copy of a checkpoint, to be spoiled."""
-
-    def copy(source: Path) -> Path:
-        return shutil.copytree(source, tmp_path / "source")
-
-    return copy
-
-
 Copied = Callable[[Path], Path]
 
 

@@ -350,7 +350,7 @@ def test_metadata_that_is_something_else(saved: Path) -> None:
         path.write_bytes(data)
         assert ".metadata" in refused(saved)
     path.unlink()
-    assert "cannot be read" in refused(saved)
+    assert "is missing" in refused(saved)
 
 
 def test_metadata_that_runs_something(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

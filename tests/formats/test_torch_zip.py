@@ -80,7 +80,7 @@ def test_views_parameters_and_shared_storages(tmp_path: Path) -> None:
     parameter.sequence_parallel = True  # type: ignore[attr-defined]  # Megatron marks its parameters like this
     state = {
         "base": base, "slice": base[1:, 2:4], "transposed": base.t(), "column": base[:, 1], "parameter": parameter,
-        "buffer": torch.nn.Buffer(base + 2), "one": base[:1, 1:2], "expanded": torch.ones(1).expand(3, 2),
+        "buffer": torch.nn.Buffer(base + 2), "one": base[:1, 1:2],
     }  # fmt: skip
     torch.save(state, tmp_path / "x.pt")
     file = torch_zip.read(tmp_path / "x.pt")
@@ -90,6 +90,14 @@ def test_views_parameters_and_shared_storages(tmp_path: Path) -> None:
     assert stored["base"].strides is None and stored["transposed"].strides == (1, 6)
     assert stored["one"].strides is None  # the strides of axes of size 1 say nothing
     assert stored["slice"].offset == stored["base"].offset + 8 * 4
+
+
+def test_a_tensor_with_more_elements_than_its_storage_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(1).expand(3, 2)}, tmp_path / "x.pt")
+    file = torch_zip.read(tmp_path / "x.pt")
+    assert isinstance(file.root, dict)
+    with pytest.raises(CheckpointError, match=r"more elements than its storage\n  where: .*x\.pt: w"):
+        torch_zip.stored_tensor(file, file.root["w"], "w")
 
 
 def test_torch_reads_ours_in_every_mode(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from shardtool.checkpoint.consistency import check_architecture
 from shardtool.checkpoint.opened import Header, Opened, account
 from shardtool.checkpoint.quantised import dequantised
 from shardtool.checkpoint.target import Target, TargetTensor
@@ -19,12 +21,16 @@ from shardtool.families.blocks import axis_sizes
 from shardtool.families.family import Family
 from shardtool.families.registry import family_of
 from shardtool.formats import hf_bin, safetensors_files
-from shardtool.formats.hf_index import strict_json
+from shardtool.formats.hf_index import plain_file, strict_json
+from shardtool.formats.inert import brief
+from shardtool.formats.small_files import CONFIG_BYTES, read_small
 from shardtool.formats.stored import ITEMSIZE, Skeleton, Stored
 from shardtool.layout.huggingface import huggingface_layout
 from shardtool.layout.layout import Key, Layout
 
 CONFIG = "config.json"
+COUNTED = re.compile(r"(num|n)_\w*(layer|expert|head|group)s?\w*|\w*_layers")
+MOST = 100_000  # layers, experts, heads: what is written out one by one
 # what travels with the weights: tokenizer, chat template, generation settings
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -47,9 +53,16 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG if path.is_dir() else path
     if not file.is_file():
         raise UsageError("no config.json", where=str(file), hint="give a Hugging Face directory or its config.json")
-    config = strict_json(file.read_bytes(), str(file))
-    if not isinstance(config, dict):
-        raise CheckpointError("config.json is no object", where=str(file), found=type(config).__name__)
+    if path.is_dir():
+        plain_file(path, CONFIG, str(path))
+    config = strict_json(read_small(file, CONFIG_BYTES), str(file))
+    for name, value in config.items():
+        counted = COUNTED.fullmatch(name) and isinstance(value, int) and value > MOST
+        if counted or (isinstance(value, list) and len(value) > MOST):
+            raise CheckpointError(
+                "a config says more than a model has", where=f"{file}: {name}", expected=f"at most {MOST}",
+                found=brief(value),
+            )  # fmt: skip
     return config
 
 
@@ -82,8 +95,14 @@ def describe_huggingface(path: Path) -> Described:
     Raises UsageError for an unknown architecture or one that cannot be converted.
     """
     config = read_config(path)
-    family = family_of(config)
-    architecture = family.read_config(config)
+    try:
+        family = family_of(config)
+        architecture = family.read_config(config)
+    except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise CheckpointError(
+            "config.json cannot be understood", where=str(path / CONFIG), found=f"{type(error).__name__}: {error}"
+        ) from error
+    check_architecture(architecture, str(path / CONFIG))
     stored = dequantised(_stored(path, family), config, str(path))
     mtp = family.mtp_prefix.format(n=architecture.num_layers)
     if architecture.mtp_layers and not any(name.startswith(mtp) for name in stored):
@@ -146,5 +165,9 @@ def config_bytes(config: Mapping[str, Any]) -> bytes:
 
 
 def companions(source: Path) -> dict[str, bytes]:
-    """Tokenizer, chat template and generation config of a directory, as far as they are there: names and contents."""
-    return {name: (source / name).read_bytes() for name in COMPANIONS if (source / name).is_file()}
+    """Tokenizer, chat template and generation config of a directory, as far as they are there: names and contents.
+
+    CheckpointError where one is a link out of the directory: a copy of that file would travel with the model.
+    """
+    there = [name for name in COMPANIONS if (source / name).is_file()]
+    return {name: plain_file(source, name, str(source)).read_bytes() for name in there}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shardtool.checkpoint.consistency import check_args, check_ranks, check_save
 from shardtool.checkpoint.expert_ranks import stored_expert_tp
 from shardtool.checkpoint.opened import Header, Opened, account, fold
 from shardtool.checkpoint.spellings import global_tensors, rank_tensors, spelling
@@ -28,12 +29,6 @@ from shardtool.layout.rules import Rule
 IGNORED = (r"(decoder\.)?rotary_pos_emb\.inv_freq", r".*\._extra_state.*")
 # beside the model in torch_dist; the model's own state only is converted
 NOT_MODEL = re.compile(r"(optimizer|chained_\d+|rng_state|rerun_state_machine_state|opt_param_scheduler)([./].*)?")
-
-# entries of args that are sizes, where they are there
-SIZES = (
-    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
-    "vocab_size", "max_position_embeddings", "tensor_model_parallel_size", "pipeline_model_parallel_size",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,8 +150,9 @@ def read_megatron(path: Path) -> Megatron:
 def _read_legacy(path: Path, save: Iteration) -> Megatron:
     ranks = megatron_legacy.read_ranks(save.directory)
     first, where = ranks[min(ranks)], str(save.directory)
-    args = _args(first.args, first.path)
-    _check_same_run(ranks, args)
+    args = check_args(first.args, first.path)
+    check_ranks(ranks, args)
+    check_save(save, first.iteration, first.checkpoint_version, first.path)
     mesh = mesh_from_args(args)
     mesh = replace(mesh, **{axis: 1 + max(getattr(rank, axis) for rank in ranks) for axis in ("tp", "pp", "ep")})
     experts = _num_experts(ranks, args)
@@ -204,51 +200,9 @@ def _num_experts(ranks: Mapping[megatron_legacy.Rank, megatron_legacy.RankFile],
     return count if isinstance(count, int) else 0
 
 
-def _args(args: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
-    if args is None:
-        raise CheckpointError(
-            "the checkpoint has no args, so nothing says what model it is", where=where, expected="args"
-        )
-    for name in SIZES:
-        value = args.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise CheckpointError(
-                "the checkpoint's args are damaged", where=f"{where}: {name}", expected="a positive integer",
-                found=repr(value),
-            )  # fmt: skip
-    heads, groups = args.get("num_attention_heads"), args.get("num_query_groups")
-    if heads and groups and args.get("group_query_attention", True) and heads % groups:
-        raise CheckpointError(
-            f"{heads} attention heads do not divide into {groups} query groups", where=f"{where}: num_query_groups"
-        )
-    return args
-
-
 def _vocabulary(a: Architecture, args: Mapping[str, Any], padded: int) -> Architecture:
     """The true vocabulary size of the args; without one, every stored row counts as a token."""
     return a if args.get("vocab_size") else replace(a, vocab_size=padded)
-
-
-def _check_same_run(ranks: Mapping[megatron_legacy.Rank, megatron_legacy.RankFile], args: Mapping[str, Any]) -> None:
-    """All ranks were saved together: same iteration, same model."""
-    first = ranks[min(ranks)]
-    for file in ranks.values():
-        theirs = file.args or {}
-        names = (
-            "num_layers",
-            "hidden_size",
-            "num_attention_heads",
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-        )
-        differing = [name for name in names if theirs.get(name) != args.get(name)]
-        if file.iteration != first.iteration or differing:
-            raise CheckpointError(
-                "the rank files are not of one save",
-                where=file.path,
-                expected=f"iteration {first.iteration}" + "".join(f", {name} {args.get(name)}" for name in differing),
-                found=f"iteration {file.iteration}" + "".join(f", {name} {theirs.get(name)}" for name in differing),
-            )
 
 
 def _chunks(
@@ -282,7 +236,9 @@ def _chunks(
 def _read_dist(path: Path, save: Iteration) -> Megatron:
     metadata = torch_dist.read_metadata(save.directory)
     common = torch_dist.read_common(save.directory, metadata)
-    args = _args(common.get("args"), str(save.directory))
+    common_args = common.get("args")
+    args = check_args(common_args if isinstance(common_args, dict) else None, str(save.directory))
+    check_save(save, common.get("iteration"), common.get("checkpoint_version"), str(save.directory))
     headers: dict[Key, Header] = {}
     refs: dict[Key, torch_dist.ChunkRef] = {}
     names = {full: full.removeprefix(metadata.prefix) for full in metadata.tensors}

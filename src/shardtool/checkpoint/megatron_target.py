@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from itertools import product
 from typing import Any
@@ -41,25 +41,25 @@ def rank_files(mesh: Mesh, *, experts: bool = False) -> dict[tuple[int, int, int
 def legacy_target(
     tensors: Sequence[TargetTensor],
     args: Mapping[str, Any],
-    files: Iterable[str],
+    files: Mapping[tuple[int, int, int], str],
     virtual: int,
     iteration: int,
     spec: str,
 ) -> Target:
-    """One model_optim_rng.pt per rank; every rank of the mesh gets a file, also one without tensors."""
-    by_file: dict[str, list[list[TargetTensor]]] = {file: [[] for _ in range(virtual)] for file in files}
+    """One model_optim_rng.pt per rank; every rank of the mesh gets a file, also one without tensors.
+
+    As Megatron-LM's, its args hold the rank of the process, so that exchanged files are noticed.
+    """
+    by_file: dict[str, list[list[TargetTensor]]] = {file: [[] for _ in range(virtual)] for file in files.values()}
+    ranks = {file: tp + args["tensor_model_parallel_size"] * pp for (tp, pp, _), file in files.items()}
     for tensor in tensors:
         by_file[tensor.key[0]][tensor.key[2][0]].append(tensor)
 
-    @cache  # ranks that differ in nothing but their number have the same names and shapes: one skeleton
-    def made(specs: tuple[tuple[tuple[str, tuple[int, ...], str], ...], ...]) -> Skeleton:
-        extra = [_extra_states([name for name, _, _ in chunk], spec) for chunk in specs]
-        return megatron_legacy.rank_skeleton({**args, "iteration": iteration}, specs, iteration, extra)
-
     def skeleton(file: str) -> Skeleton:
-        return made(
-            tuple([tuple([(each.key[1], each.shape, each.dtype) for each in chunk]) for chunk in by_file[file]])
-        )
+        specs = [[(tensor.key[1], tensor.shape, tensor.dtype) for tensor in chunk] for chunk in by_file[file]]
+        extra = [_extra_states([name for name, _, _ in chunk], spec) for chunk in specs]
+        held = {**args, "iteration": iteration, "rank": ranks[file]}
+        return megatron_legacy.rank_skeleton(held, specs, iteration, extra)
 
     places: dict[Key, tuple[str, Hashable]] = {
         tensor.key: (tensor.key[0], (tensor.key[2][0], tensor.key[1])) for tensor in tensors

@@ -65,6 +65,12 @@ def account(layout: Layout, found: Mapping[Key, Header], where: str, ignore: Ite
     that carry no weights.
     """
     patterns = [re.compile(pattern) for pattern in ignore]
+    count = sum(prod(len(axis.ids) for axis in piece.names) for piece in layout.pieces)
+    if count > 2 * len(found) + 1_000_000:  # too many to name them
+        raise CheckpointError(
+            "the model has far more tensors than the checkpoint", where=where, expected=f"{count} tensors",
+            found=f"{len(found)} tensors", hint="compare the number of layers and experts with the files",
+        )  # fmt: skip
     expected: dict[Key, tuple[int, ...]] = {}
     for piece in layout.pieces:
         shape = layout.shape(piece)

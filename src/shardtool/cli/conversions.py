@@ -14,6 +14,7 @@ from shardtool.cli.options import (
     DEFAULT_JOBS,
     AccountEmbedding,
     AccountLoss,
+    AllowNan,
     Budget,
     Divisible,
     Dtype,
@@ -78,7 +79,7 @@ def hf2megatron(
     format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te,
     experts: ExpertsOption = Experts.grouped, mtp_name: MtpOption = MtpName.mtp_model_layer, dtype: DtypeOption = Dtype.keep,
     vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, allow_inexact: Inexact = False,
-    no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS,
+    no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False, jobs: Jobs = DEFAULT_JOBS,
     memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
@@ -95,12 +96,12 @@ def hf2megatron(
             parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad, allow_inexact
         )
         prepare = partial(convert.prepare_hf2megatron, source, options)
-        _execute(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests)
+        _execute(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests, allow_nan)
 
 
 def megatron2hf(
     src: Source, dst: Target, hf: Hf = None, dtype: DtypeOption = Dtype.keep, max_shard_size: ShardSize = "5GB",
-    no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False,
+    no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
@@ -112,7 +113,7 @@ def megatron2hf(
         _ready(source, dst, overwrite)
         size = bytes_of(max_shard_size, "--max-shard-size")
         prepare = partial(convert.prepare_megatron2hf, source, hf, dtype=dtype.value, max_shard_size=size)
-        _execute(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests)
+        _execute(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests, allow_nan)
 
 
 def reshard(
@@ -123,7 +124,7 @@ def reshard(
     format: MaybeFormat = None, spec: MaybeSpec = None,
     experts: MaybeExperts = None, mtp_name: MaybeMtp = None, dtype: DtypeOption = Dtype.keep,
     vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, no_checksums: NoChecksums = False,
-    tensor_digests: TensorDigests = False, overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS,
+    tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False, jobs: Jobs = DEFAULT_JOBS,
     memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
@@ -138,7 +139,7 @@ def reshard(
         _ready(source, dst, overwrite)
         options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
         prepare = partial(convert.prepare_reshard, source, options)
-        _execute(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests)
+        _execute(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests, allow_nan)
 
 
 def plan_hf2megatron(
@@ -149,7 +150,7 @@ def plan_hf2megatron(
     format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te,
     experts: ExpertsOption = Experts.grouped, mtp_name: MtpOption = MtpName.mtp_model_layer, dtype: DtypeOption = Dtype.keep,
     vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, allow_inexact: Inexact = False,
-    no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS,
+    no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False, jobs: Jobs = DEFAULT_JOBS,
     memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
@@ -166,7 +167,7 @@ def plan_hf2megatron(
 
 def plan_megatron2hf(
     src: Source, dst: MaybeTarget = None, hf: Hf = None, dtype: DtypeOption = Dtype.keep, max_shard_size: ShardSize = "5GB",
-    no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False,
+    no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
@@ -185,7 +186,7 @@ def plan_reshard(
     format: MaybeFormat = None, spec: MaybeSpec = None,
     experts: MaybeExperts = None, mtp_name: MaybeMtp = None, dtype: DtypeOption = Dtype.keep,
     vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, no_checksums: NoChecksums = False,
-    tensor_digests: TensorDigests = False, overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS,
+    tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False, jobs: Jobs = DEFAULT_JOBS,
     memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
@@ -243,6 +244,7 @@ def _execute(
     jobs: int,
     no_checksums: bool,
     tensor_digests: bool,
+    allow_nan: bool,
 ) -> None:
     from shardtool import convert  # noqa: PLC0415 - the engine is not needed for --help
     from shardtool.execute.ranks import Ranks  # noqa: PLC0415
@@ -253,7 +255,7 @@ def _execute(
         prepared = prepare()
         write = partial(
             convert.execute, prepared, dst, overwrite=overwrite, jobs=jobs, ranks=ranks, checksums=not no_checksums,
-            tensor_digests=tensor_digests,
+            tensor_digests=tensor_digests, allow_nan=allow_nan,
         )  # fmt: skip
         if ranks.first:  # it speaks for all
             _converted(prepared, dst, ranks.size, write)

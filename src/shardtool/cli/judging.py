@@ -23,11 +23,16 @@ class Precision(StrEnum):
     native = "native"
 
 
-def inspect(ckpt: Source, json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+def inspect(
+    ckpt: Source,
+    values: Annotated[bool, typer.Option("--values", help="Also read every weight: are there NaN or Inf?")] = False,
+    allow_nan: Annotated[bool, typer.Option("--allow-nan", help="With --values: NaN and Inf are told, and are no error.")] = False,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
     """What is in this directory: format, layout, layers, dtypes, bytes, what is missing."""
     from shardtool.inspect import inspect_checkpoint  # noqa: PLC0415 - only this command needs it
 
-    report = inspect_checkpoint(checkpoint(ckpt))
+    report = inspect_checkpoint(checkpoint(ckpt), values=values, allow_nan=allow_nan)
     console.result(report.as_dict(), report.lines(verbose=verbose))
     if report.problem is not None:
         raise report.problem

@@ -128,6 +128,7 @@ NoChecksums = Annotated[bool, typer.Option("--no-checksums", help="No SHA-256 of
 TensorDigests = Annotated[bool, typer.Option("--tensor-digests", help="Also the SHA-256 of every tensor in shardtool.json.", rich_help_panel=OUTPUT)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST: the new one is complete before the old one goes.", rich_help_panel=OUTPUT)]
 
+AllowNan = Annotated[bool, typer.Option("--allow-nan", help="Take NaN, Inf and values too large for a new dtype as they are, with a note.", rich_help_panel=OUTPUT)]
 Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Worker threads.", rich_help_panel=COMMON)]
 Budget = Annotated[str, typer.Option("--memory-budget", metavar="SIZE", help="Most memory for buffers.", rich_help_panel=COMMON)]
 Recipe = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A recipe: a TOML table of option names and values.", callback=_recipe, is_eager=True, rich_help_panel=COMMON)]

@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from shardtool.errors import CheckpointError
+from shardtool.formats.small_files import INDEX_BYTES, read_small
 from shardtool.formats.stored import Stored
+
+MAX_VALUES = 3_000_000  # DeepSeek-V3 in one safetensors file would have one million
 
 
 def strict_json(data: bytes, where: str) -> dict[str, object]:
-    """A JSON object in which no name occurs twice. Raises CheckpointError."""
+    """A JSON object in which no name occurs twice and no number is NaN. Raises CheckpointError.
+
+    A value costs some hundred bytes of memory for one byte of text, so their number is limited.
+    """
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         made = dict(pairs)
         if len(made) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in made if names.count(name) > 1)
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
             raise CheckpointError("a name occurs twice in a JSON object", where=where, found=twice)
         return made
 
+    def constant(name: str) -> object:
+        raise ValueError(f"{name} is no JSON")
+
+    values = sum(map(data.count, (b",", b"[", b"{")))
+    if values > MAX_VALUES:
+        raise CheckpointError(
+            "a JSON text is too large for what it is", where=where, expected=f"at most {MAX_VALUES} values",
+            found=f"about {values}",
+        )  # fmt: skip
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointError("a JSON text cannot be read", where=where, found=str(error)[:200]) from None
     if not isinstance(value, dict):
@@ -41,7 +56,11 @@ def plain_file(directory: Path, name: object, where: str) -> Path:
             "an index names a file outside of its directory", where=where, expected="a plain file name",
             found=repr(name)[:100], hint="do not use this checkpoint: an honest index has no such entry",
         )  # fmt: skip
-    path = directory / name
+    return inside(directory, directory / name)
+
+
+def inside(directory: Path, path: Path) -> Path:
+    """`path`, if it is a file that belongs to the directory: see plain_file. Raises CheckpointError."""
     try:
         target, home = path.resolve(strict=True), directory.resolve(strict=True)
     except (OSError, RuntimeError) as error:
@@ -59,36 +78,74 @@ def plain_file(directory: Path, name: object, where: str) -> Path:
 
 def read_index(path: Path) -> dict[str, str]:
     """The `weight_map` of an index file: file name by tensor name. Raises CheckpointError."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError("a file cannot be read", where=str(path), found=error.strerror) from None
-    weights = strict_json(data, str(path)).get("weight_map")
+    return _parse_index(path)[0]
+
+
+def _parse_index(path: Path) -> tuple[dict[str, str], int | None]:
+    """The `weight_map`, and the bytes of all tensors as the index has them."""
+    where = str(path)
+    index = strict_json(read_small(path, INDEX_BYTES), where)
+    weights = index.get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
-        raise CheckpointError("an index has no weight_map of file names", where=str(path))
-    return weights
+        raise CheckpointError("an index has no weight_map of file names", where=where)
+    no_twins(weights.values(), where)
+    metadata = index.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if total is None:
+        return weights, None
+    if isinstance(total, bool) or not isinstance(total, int | float) or total < 0:
+        raise CheckpointError(
+            "an index has a total_size that is no size", where=where, expected="bytes", found=repr(total)[:60]
+        )
+    return weights, int(total)  # transformers wrote it as a float at times
+
+
+def no_twins(names: Iterable[str], where: str) -> None:
+    """CheckpointError where two file names differ in the case of letters only: on some systems they are one file."""
+    folded: dict[str, str] = {}
+    for name in names:
+        other = folded.setdefault(name.casefold(), name)
+        if other != name:
+            raise CheckpointError(
+                "two file names differ in upper and lower case only", where=where, found=f"{other} and {name}",
+                hint="they are one file on macOS and Windows: rename one of them, in the index as well",
+            )  # fmt: skip
 
 
 def read_shards(
     directory: Path, single: str, index: str, read_file: Callable[[Path], Mapping[str, Stored]]
 ) -> dict[str, Stored]:
-    """All tensors of a checkpoint that is one file, or an index and its shards; the index wins if both are there.
+    """All tensors of a checkpoint that is one file, or an index and its shards.
 
-    Every tensor of the index must be in the shard it names, and every tensor of a shard in the index.
+    Every tensor of the index must be in the shard it names, and every tensor of a shard in the index. The total size
+    that the index gives must not be more than the tensors have (less it may be: some tools count elements there).
     Raises CheckpointError.
     """
-    if not (directory / index).exists():
+    if not (directory / index).is_symlink() and not (directory / index).exists():
         return dict(read_file(plain_file(directory, single, str(directory))))
     where = str(directory / index)
-    weights = read_index(directory / index)
+    weights, total = _parse_index(plain_file(directory, index, str(directory)))
+    if (directory / single).exists() and single not in weights.values():
+        raise CheckpointError(
+            "the directory holds two sets of weights", where=str(directory), expected=f"{single} or {index}",
+            found=f"both, and the index does not name {single}", hint="move the one away that is not the model's",
+        )  # fmt: skip
     tensors: dict[str, Stored] = {}
-    placed: dict[str, set[str]] = {}
-    for tensor, file in weights.items():
-        placed.setdefault(file, set()).add(tensor)
-    for name, wanted in placed.items():
-        found = read_file(plain_file(directory, name, where))
+    places: dict[str, set[str]] = {}
+    for tensor, name in weights.items():
+        places.setdefault(name, set()).add(tensor)
+    paths = {name: plain_file(directory, name, where) for name in places}  # before any of them is read
+    for name, wanted in places.items():
+        found = read_file(paths[name])
         _agree(wanted, found, weights, f"{directory / name}", where)
         tensors.update({tensor: found[tensor] for tensor in found if tensor in wanted})
+    held = sum(stored.nbytes for stored in tensors.values())
+    if total is not None and total > held:
+        raise CheckpointError(
+            "the shards hold less than the index says", where=where, expected=f"total_size {total}",
+            found=f"{held} bytes in all tensors",
+            hint="index and shards are of different saves; get them again from one place",
+        )  # fmt: skip
     return {tensor: tensors[tensor] for tensor in weights}
 
 

@@ -5,7 +5,7 @@ Nothing here imports or calls what a pickle names. A name outside the lists belo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from math import prod
 from pathlib import PurePosixPath
@@ -121,6 +121,9 @@ _INERT_NAMES = frozenset({
     "numpy.ndarray", "numpy.dtype", "builtins.object", "__builtin__.object",
 })  # fmt: skip
 
+Spend = Callable[[int], None]  # takes a cost from the budget of a pickle; raises ValueError when there is none left
+
+MAX_DIMS = 64  # of a tensor, as in torch
 MAX_SETTINGS = 1_000_000  # values in the settings of one file, each place counted
 
 
@@ -151,19 +154,49 @@ def resolve(module: str, name: str, where: str) -> object:
     )
 
 
-def call(function: object, args: tuple[object, ...]) -> object:
-    """What `function(*args)` of a pickle stands for. Runs no code but this module's."""
+def call(function: object, args: tuple[object, ...], spend: Spend) -> object:
+    """What `function(*args)` of a pickle stands for. Runs no code but this module's.
+
+    The caller has paid for one copy of each argument; `spend` takes the cost of what goes beyond that.
+    """
     if isinstance(function, Global):
         known = CALLS.get(str(function))
-        return known(args) if known else Inert(function, args)
+        return known(args, spend) if known else Inert(function, args)
     raise ValueError(f"{type(function).__name__} is called")
 
 
-def hashable(value: object, depth: int = 0) -> bool:
-    """Whether a value may be a dict key: scalars and shallow tuples of them (hashing a deep one would overflow)."""
-    if isinstance(value, tuple | frozenset):
-        return depth < 4 and len(value) <= 64 and all(hashable(item, depth + 1) for item in value)
-    return value is None or isinstance(value, str | int | float | bytes | complex | Global | DType | Inert)
+def key_cost(value: object, held: int) -> int:
+    """What it costs at most to make a value a key of a dict that holds `held` keys, or a member of such a set.
+
+    The hashes of text are secret, those of objects their addresses, and small integers spread by themselves; all other
+    keys could be chosen so that each collides with all before. Raises ValueError where a value cannot be a key, and for
+    tuples that are deep or long: hashing these takes a time that their bytes do not tell.
+    """
+    if value is None or isinstance(value, str | bytes | Global | DType | Inert):
+        return 0
+    if isinstance(value, int | float):
+        return 0 if isinstance(value, int) and abs(value) < 2**53 else held
+    if isinstance(value, tuple | frozenset) and _shallow(value):
+        return 300 + held
+    raise ValueError("a key that cannot be hashed")
+
+
+def _shallow(value: tuple[object, ...] | frozenset[object], depth: int = 0) -> bool:
+    return len(value) <= 16 and all(
+        (depth == 0 and _shallow(item, 1))
+        if isinstance(item, tuple | frozenset)
+        else item is None or isinstance(item, str | bytes | int | float | Global | DType | Inert)
+        for item in value
+    )
+
+
+def brief(value: object) -> str:
+    """A value for an error text: scalars as they are, others by kind and size (a few shared lists can unfold to 2**64)."""
+    if value is None or isinstance(value, bool | int | float | str | bytes | bytearray | Global | DType | Inert):
+        return repr(value[:80] if isinstance(value, str | bytes | bytearray) else value)[:80]
+    if isinstance(value, tuple | list) and len(value) <= 8 and all(isinstance(item, int | str) for item in value):
+        return repr(value)[:80]
+    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, Sized) else f"a {type(value).__name__}"
 
 
 def plain(value: object, where: str = "", *, _depth: int = 0, _budget: list[int] | None = None) -> Any:
@@ -197,7 +230,7 @@ def _plain_inert(value: Inert, where: str, depth: int, budget: list[int]) -> Any
     if value.kind.name in ("Namespace", "SimpleNamespace"):
         return plain(value.state or {}, where, _depth=depth + 1, _budget=budget)
     if value.kind.module.startswith("pathlib"):
-        return str(PurePosixPath(*(str(part) for part in value.args)))
+        return str(PurePosixPath(*(part for part in value.args if isinstance(part, str))))
     return str(value.kind)
 
 
@@ -209,12 +242,14 @@ def _plain_key(key: object) -> object:
 
 
 def _sizes(value: object, what: str) -> tuple[int, ...]:
-    if not isinstance(value, tuple | list) or not all(type(n) is int and 0 <= n < 2**63 for n in value):
-        raise ValueError(f"a tensor's {what} is {value!r:.80}")
+    if not isinstance(value, tuple | list) or len(value) > MAX_DIMS:
+        raise ValueError(f"a tensor's {what} is {brief(value)}")
+    if not all(type(n) is int and 0 <= n < 2**63 for n in value):
+        raise ValueError(f"a tensor's {what} is {brief(value)}")
     return tuple(value)
 
 
-def _tensor(args: tuple[object, ...], dtype: str | None = None) -> TensorRef:
+def _tensor(args: tuple[object, ...], _spend: Spend, dtype: str | None = None) -> TensorRef:
     storage, offset, shape, strides = args[:4]
     if not isinstance(storage, StorageRef) or type(offset) is not int or offset < 0:
         raise ValueError("a tensor has no storage")
@@ -224,32 +259,32 @@ def _tensor(args: tuple[object, ...], dtype: str | None = None) -> TensorRef:
     return TensorRef(storage.key, dtype or storage.dtype, offset, sizes, steps, storage.nbytes)
 
 
-def _tensor_v3(args: tuple[object, ...]) -> TensorRef:
+def _tensor_v3(args: tuple[object, ...], spend: Spend) -> TensorRef:
     dtype = args[6]
     if not isinstance(dtype, DType):
         raise ValueError("a tensor has no dtype")
-    return _tensor(args, dtype.name)
+    return _tensor(args, spend, dtype.name)
 
 
-def _first(args: tuple[object, ...]) -> object:
+def _first(args: tuple[object, ...], _spend: Spend) -> object:
     return args[0]
 
 
-def _from_type(args: tuple[object, ...]) -> object:
+def _from_type(args: tuple[object, ...], spend: Spend) -> object:
     # torch._tensor._rebuild_from_type_v2(function, type, args, state): a tensor with Python attributes, or a subclass
     function, kind, inner, _state = args
     if not isinstance(inner, tuple):
         raise ValueError("a tensor subclass without arguments")
     if isinstance(kind, Global) and str(kind) in ("torch.Tensor", "torch.nn.parameter.Parameter"):
-        return call(function, inner)
+        return call(function, inner, spend)
     return Inert(kind if isinstance(kind, Global) else Global("torch", "Tensor"), (function, inner))
 
 
-def _size(args: tuple[object, ...]) -> tuple[int, ...]:
+def _size(args: tuple[object, ...], _spend: Spend) -> tuple[int, ...]:
     return _sizes(args[0], "size") if args else ()
 
 
-def _encode(args: tuple[object, ...]) -> bytes:
+def _encode(args: tuple[object, ...], _spend: Spend) -> bytes:
     # how protocol 2 writes bytes: _codecs.encode(text, "latin1")
     text, encoding = args if len(args) == 2 else (args[0], "utf-8")
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "utf-8", "utf8", "ascii"):
@@ -257,61 +292,68 @@ def _encode(args: tuple[object, ...]) -> bytes:
     return text.encode(str(encoding))
 
 
-def _bytearray(args: tuple[object, ...]) -> bytearray:
+def _bytearray(args: tuple[object, ...], spend: Spend) -> bytearray:
     if not args:
         return bytearray()
     if isinstance(args[0], bytes):
         return bytearray(args[0])
-    return bytearray(_encode(args))
+    return bytearray(_encode(args, spend))
 
 
-def _members(args: tuple[object, ...]) -> list[object]:
+def _members(args: tuple[object, ...], spend: Spend) -> list[object]:
     if not args:
         return []
-    if not isinstance(args[0], list | tuple | set | frozenset) or not all(hashable(item) for item in args[0]):
+    if not isinstance(args[0], list | tuple | set | frozenset):
         raise ValueError("a set of things that cannot be hashed")
+    for number, item in enumerate(args[0]):
+        spend(32 + key_cost(item, number))
     return list(args[0])
 
 
-def _dictionary(args: tuple[object, ...]) -> dict[object, object]:
+def _dictionary(args: tuple[object, ...], spend: Spend) -> dict[object, object]:
     source = args[0] if args else None
-    pairs = list(source.items()) if isinstance(source, dict) else _list(args)
+    pairs = list(source.items()) if isinstance(source, dict) else _list(args, spend)
     result: dict[object, object] = {}
     for pair in pairs:
-        if not isinstance(pair, tuple | list) or len(pair) != 2 or not hashable(pair[0]):
-            raise ValueError("a dict key that cannot be hashed")
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError("a dict of something else than pairs")
+        spend(64 + key_cost(pair[0], len(result)))
         result[pair[0]] = pair[1]
     return result
 
 
-def _getattr(args: tuple[object, ...]) -> Inert:
+def _getattr(args: tuple[object, ...], _spend: Spend) -> Inert:
     # Python 3.11.0 to 3.11.3 pickle an enum member as getattr(class, name): allowed of an inert class, and nothing runs
     owner, name = args
     if isinstance(owner, Global) and str(owner) not in CALLS and isinstance(name, str):
         return Inert(owner, (name,))
-    raise ValueError(f"builtins.getattr of {name!r:.40}")
+    raise ValueError(f"builtins.getattr of {brief(name)}")
 
 
-def _reconstructor(args: tuple[object, ...]) -> object:
+def _reconstructor(args: tuple[object, ...], spend: Spend) -> object:
     kind = args[0]
     if not isinstance(kind, Global):
         raise ValueError("an object without a class")
-    return call(kind, ())
+    return call(kind, (), spend)
 
 
-def _describe(name: str) -> Callable[[tuple[object, ...]], object]:
-    return lambda args: Inert(Global("builtins", name), args)
+def _describe(name: str) -> Callable[[tuple[object, ...], Spend], object]:
+    return lambda args, _spend: Inert(Global("builtins", name), args)
 
 
-def _layout(args: tuple[object, ...]) -> str:
-    return str(args[0])[:40]
+def _device(args: tuple[object, ...], _spend: Spend) -> str:
+    return ":".join(str(part)[:40] for part in args[:2] if isinstance(part, str | int))
 
 
-def _list(args: tuple[object, ...]) -> list[object]:
+def _layout(args: tuple[object, ...], _spend: Spend) -> str:
+    return args[0][:40] if isinstance(args[0], str) else "a layout"
+
+
+def _list(args: tuple[object, ...], _spend: Spend) -> list[object]:
     return list(args[0]) if args and isinstance(args[0], list | tuple) else []
 
 
-CALLS: dict[str, Callable[[tuple[object, ...]], object]] = {
+CALLS: dict[str, Callable[[tuple[object, ...], Spend], object]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
@@ -320,10 +362,10 @@ CALLS: dict[str, Callable[[tuple[object, ...]], object]] = {
     "torch.nn.parameter.Parameter": _first,
     "torch._tensor._rebuild_from_type_v2": _from_type,
     "torch.Size": _size,
-    "torch.device": lambda args: ":".join(str(part)[:40] for part in args),
+    "torch.device": _device,
     "torch.serialization._get_layout": _layout,
     "collections.OrderedDict": _dictionary,
-    "collections.defaultdict": lambda _: {},
+    "collections.defaultdict": lambda _args, _spend: {},
     "collections.Counter": _dictionary,
     "collections.deque": _list,
     "_codecs.encode": _encode,
@@ -333,9 +375,9 @@ CALLS: dict[str, Callable[[tuple[object, ...]], object]] = {
         f"{module}.{name}": function
         for module in ("builtins", "__builtin__")
         for name, function in {
-            "set": lambda args: set(_members(args)),
-            "frozenset": lambda args: frozenset(_members(args)),
-            "bytes": lambda args: bytes(_bytearray(args)),
+            "set": lambda args, spend: set(_members(args, spend)),
+            "frozenset": lambda args, spend: frozenset(_members(args, spend)),
+            "bytes": lambda args, spend: bytes(_bytearray(args, spend)),
             "bytearray": _bytearray,
             "slice": _describe("slice"),
             "complex": _describe("complex"),
@@ -357,6 +399,8 @@ def storage(saved: object) -> StorageRef:
         raise ValueError("an unknown persistent id")
     _, kind, key, _location, numel = saved
     if not isinstance(kind, StorageType) or not isinstance(key, str) or type(numel) is not int or numel < 0:
+        raise ValueError("an unknown storage")
+    if len(key) > 40 or numel >= 2**63:
         raise ValueError("an unknown storage")
     dtype = kind.dtype or "uint8"
     return StorageRef(key, dtype, numel * _WIDTH[dtype])

@@ -16,6 +16,7 @@ from typing import Any
 
 from shardtool.errors import CheckpointError
 from shardtool.formats import torch_zip, torch_zip_out
+from shardtool.formats.hf_index import inside
 from shardtool.formats.inert import DType, Inert, TensorRef, plain
 from shardtool.formats.pickle_out import TensorOut
 from shardtool.formats.stored import ITEMSIZE, Skeleton, Stored
@@ -77,6 +78,7 @@ def rank_files(directory: str | Path) -> list[tuple[Path, tuple[int, ...]]]:
         if match:
             if not (folder / FILE_NAME).is_file():
                 raise CheckpointError("a rank has no file", where=str(folder), expected=FILE_NAME)
+            inside(Path(directory), folder / FILE_NAME)
             found.append((folder / FILE_NAME, tuple(int(part) for part in match.groups() if part is not None)))
     if not found or len({len(fields) for _, fields in found}) > 1:
         names = ", ".join(path.parent.name for path, _ in found[:4])

@@ -7,12 +7,14 @@ from the end of the header (https://github.com/huggingface/safetensors, README, 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Hashable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
 from shardtool.errors import CheckpointError
 from shardtool.formats.hf_index import read_shards, strict_json
+from shardtool.formats.small_files import open_file
 from shardtool.formats.stored import ITEMSIZE, Payload, Skeleton, Stored
 
 DTYPES: dict[str, str] = {
@@ -38,7 +40,7 @@ def read_header(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """
     where = str(path)
     try:
-        with Path(path).open("rb") as file:
+        with os.fdopen(open_file(path), "rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")

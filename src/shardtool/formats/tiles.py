@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+MAX_PAIRS = 10_000_000  # pairs of chunks that are compared where they form no grid: a few seconds
+
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
 
 
@@ -48,10 +50,14 @@ def _is_grid(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
 
 def _overlap(boxes: Sequence[Box]) -> str | None:
     active: list[Box] = []
+    compared = 0
     for offsets, sizes in sorted(boxes):
         if not offsets:
             return "a scalar stored twice" if len(boxes) > 1 else None
         active = [box for box in active if box[0][0] + box[1][0] > offsets[0]]
+        compared += len(active)
+        if compared > MAX_PAIRS:
+            return f"{len(boxes)} chunks in no order"
         for other, extent in active:
             pairs = zip(offsets, sizes, other, extent, strict=True)
             if all(a < b + m and b < a + n for a, n, b, m in pairs):

@@ -8,6 +8,7 @@ megatron-core 0.18 `common.pt`; from 0.19 on the common state is a DCP object `c
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,8 +17,9 @@ from typing import Any
 
 from shardtool.errors import CheckpointError
 from shardtool.formats import torch_zip
-from shardtool.formats.hf_index import plain_file, strict_json
-from shardtool.formats.inert import DType, Inert, TensorRef, plain
+from shardtool.formats.hf_index import no_twins, plain_file, strict_json
+from shardtool.formats.inert import DType, Inert, TensorRef, brief, plain
+from shardtool.formats.small_files import CONFIG_BYTES, METADATA_BYTES, read_small
 from shardtool.formats.stored import ITEMSIZE, Stored
 from shardtool.formats.tiles import tiling_fault
 from shardtool.formats.unpickle import loads
@@ -26,8 +28,12 @@ METADATA = ".metadata"
 COMMON_FILE = "common.pt"
 COMMON_OBJECT = "common_state/shard_0_1"
 
-# (sizes, dtype, blob length) -> everything before the payload in the first such blob: pickle, names and local headers
-_HEADS: dict[tuple[tuple[int, ...], str, int], bytes] = {}
+# (sizes, dtype, blob length) -> everything around the payload of the first such blob: pickle, names, headers, directory
+_KNOWN: dict[tuple[tuple[int, ...], str, int], tuple[bytes, bytes]] = {}
+# what differs between blobs that are alike: checksums behind a payload, in headers and in the directory, and torch's
+# serialization id, which is made of them (position of the four bytes of the checksum from the signature)
+_CHECKSUMS = ((b"PK\x07\x08", 4), (b"PK\x03\x04", 14), (b"PK\x01\x02", 16))
+_SERIALIZATION_ID = re.compile(rb"\.data/serialization_id(?:FB[^\d]*)?(\d{40})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +87,10 @@ def read_metadata(directory: str | Path) -> TorchDist:
     directory = Path(directory)
     check_backend(directory)
     path = directory / METADATA
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            "the checkpoint's .metadata cannot be read", where=str(path), found=error.strerror
-        ) from None
-    root = loads(data, str(path))
+    root = loads(read_small(plain_file(directory, METADATA, str(directory)), METADATA_BYTES), str(path))
     try:
         tensors, objects = _entries(directory, _state(root, "Metadata"), str(path))
-    except (AttributeError, TypeError, ValueError, KeyError) as error:
+    except (AttributeError, TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise CheckpointError(
             "the checkpoint's .metadata is not what torch writes", where=str(path), found=str(error)[:200]
         ) from None
@@ -110,7 +110,7 @@ def check_backend(directory: Path) -> None:
             found="a plain DCP checkpoint (torch_dcp or fsdp_dtensor), or a save that was cut off" if dcp else "none",
             hint="save it with --ckpt-format torch_dist" if dcp else None,
         )  # fmt: skip
-    backend = strict_json(path.read_bytes(), str(path)).get("sharded_backend")
+    backend = strict_json(read_small(path, CONFIG_BYTES), str(path)).get("sharded_backend")
     if backend != "torch_dist":
         raise CheckpointError(
             "the checkpoint's backend is not supported", where=str(path), expected="torch_dist",
@@ -131,17 +131,34 @@ def model_prefix(names: Iterable[str]) -> str:
 def chunk_payload(chunk: ChunkRef) -> Stored:
     """Where the elements of a chunk lie, from its blob, checked against shape and dtype. Raises CheckpointError.
 
-    Blobs of one shape, dtype and length begin with the same bytes; only the first of them is parsed.
+    Blobs of one shape, dtype and length are alike but for their payload and its checksums; only the first is parsed.
     """
     blob = chunk.blob
     kind = (chunk.sizes, chunk.dtype, blob.length)
-    known = _HEADS.get(kind)
-    if known is not None and _pread(blob.file, blob.offset, len(known)) == known:
-        return Stored(blob.file, blob.offset + len(known), chunk.sizes, chunk.dtype)
+    known = _KNOWN.get(kind)
+    if known is not None:
+        stored = Stored(blob.file, blob.offset + len(known[0]), chunk.sizes, chunk.dtype)
+        if _around(blob, stored) == known:
+            return stored
     stored = _parse_chunk(chunk)
-    if stored.strides is None and len(_HEADS) < 4096:
-        _HEADS[kind] = _pread(blob.file, blob.offset, stored.offset - blob.offset)
+    if stored.strides is None and len(_KNOWN) < 4096:
+        _KNOWN[kind] = _around(blob, stored)
     return stored
+
+
+def _around(blob: Extent, stored: Stored) -> tuple[bytes, bytes]:
+    """What is before and behind the payload of a blob, without checksums."""
+    end = stored.offset + stored.nbytes
+    head = _pread(blob.file, blob.offset, stored.offset - blob.offset)
+    tail = bytearray(_pread(blob.file, end, blob.offset + blob.length - end))
+    for signature, at in _CHECKSUMS:
+        found = tail.find(signature)
+        while found >= 0:
+            tail[found + at : found + at + 4] = bytes(len(tail[found + at : found + at + 4]))
+            found = tail.find(signature, found + 4)
+    if match := _SERIALIZATION_ID.search(tail):
+        tail[match.start(1) : match.end(1)] = bytes(40)
+    return head, bytes(tail)
 
 
 def read_common(directory: str | Path, metadata: TorchDist | None = None) -> dict[str, Any]:
@@ -152,8 +169,8 @@ def read_common(directory: str | Path, metadata: TorchDist | None = None) -> dic
     """
     directory = Path(directory)
     path = directory / COMMON_FILE
-    if path.is_file():
-        where, root = str(path), torch_zip.read(path).root
+    if path.is_symlink() or path.exists():
+        where, root = str(path), torch_zip.read(plain_file(directory, COMMON_FILE, str(directory))).root
     else:
         metadata = metadata or read_metadata(directory)
         blob = metadata.objects.get(metadata.prefix + COMMON_OBJECT) or metadata.objects.get(COMMON_OBJECT)
@@ -179,7 +196,7 @@ def read_object(blob: Extent) -> object:
 
 def _state(value: object, name: str) -> dict[Any, Any]:
     if not isinstance(value, Inert) or not value.kind.name.endswith(name) or not isinstance(value.state, dict):
-        raise ValueError(f"{value!r:.80} where a {name} belongs")
+        raise ValueError(f"{brief(value)} where a {name} belongs")
     return value.state
 
 
@@ -212,7 +229,7 @@ def _blobs(directory: Path, storage: Mapping[Any, Any], where: str) -> dict[tupl
         name, offset, length = place["relative_path"], place["offset"], place["length"]
         if place.get("transform_descriptors"):
             raise CheckpointError(
-                "the checkpoint is compressed", where=where, found=str(place["transform_descriptors"])[:80],
+                "the checkpoint is compressed", where=where, found=brief(place["transform_descriptors"]),
                 hint="save it without transforms (dist_checkpointing writes none by default)",
             )  # fmt: skip
         if name not in files:
@@ -227,6 +244,7 @@ def _blobs(directory: Path, storage: Mapping[Any, Any], where: str) -> dict[tupl
         key = _state(index, "MetadataIndex")
         at = key.get("offset")
         blobs[key["fqn"], at if at is None else _ints(at)] = Extent(path_name, offset, length)
+    no_twins(files, where)
     return blobs
 
 
@@ -242,7 +260,7 @@ def _blob(
 
 def _ints(value: object) -> tuple[int, ...]:
     if not isinstance(value, tuple) or not all(type(item) is int and 0 <= item < 2**63 for item in value):
-        raise ValueError(f"{value!r:.80} where a shape belongs")
+        raise ValueError(f"{brief(value)} where a shape belongs")
     return value
 
 

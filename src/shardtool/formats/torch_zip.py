@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 
 from shardtool.errors import CheckpointError
 from shardtool.formats.inert import TensorRef
+from shardtool.formats.small_files import open_file
 from shardtool.formats.stored import ITEMSIZE, Stored, row_major
 from shardtool.formats.unpickle import loads
 
@@ -27,6 +29,9 @@ _EOCD64 = struct.Struct("<4sQ2H2L4Q")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _FULL = 0xFFFFFFFF
+_DIRECTORY_ATTRIBUTE = 0x10  # of DOS; torch reads such a record as zeros
+MAX_DIRECTORY = 64 << 20  # a rank's file of DeepSeek-V3 on one rank would have 12 MB
+MAX_PICKLE = 512 << 20
 _TAIL = 4096  # one read gets the end records and, for a blob of one tensor, the whole directory
 
 
@@ -82,8 +87,8 @@ def read(path: str | Path, offset: int = 0, length: int | None = None) -> TorchF
     where = str(path) if offset == 0 else f"{path}, archive at byte {offset}"
     with _open(path, offset, length, where) as window:
         _check_magic(window)
-        entries = _directory(window)
-        records = _locate(window, entries)
+        directory, entries = _directory(window)
+        records = _locate(window, entries, directory)
         _check_records(window, records)
         start, size = records["data.pkl"]
         root = loads(window.read(start, size), f"{where}: data.pkl", storages=True)
@@ -114,6 +119,11 @@ def stored_tensor(file: TorchFile, tensor: TensorRef, name: str = "") -> Stored:
     if 0 not in tensor.shape:
         last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.strides, strict=True))
         span = (tensor.offset_elements + last + 1) * itemsize
+    if prod(tensor.shape) * itemsize > record[1]:  # torch.expand: no weight is stored like that
+        raise CheckpointError(
+            "a tensor has more elements than its storage", where=where, expected=f"at most {record[1]} bytes",
+            found=f"{prod(tensor.shape) * itemsize} bytes", hint="save it with .contiguous()",
+        )  # fmt: skip
     if span > record[1]:
         raise CheckpointError(
             "a tensor reaches beyond its storage", where=where, expected=f"{span} bytes", found=f"{record[1]} bytes"
@@ -124,10 +134,7 @@ def stored_tensor(file: TorchFile, tensor: TensorRef, name: str = "") -> Stored:
 
 @contextmanager
 def _open(path: str | Path, offset: int, length: int | None, where: str) -> Iterator[_Window]:
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError("a file cannot be opened", where=where, found=error.strerror) from None
+    fd = open_file(path, where)
     try:
         size = os.fstat(fd).st_size
         length = size - offset if length is None else length
@@ -155,9 +162,11 @@ def _check_magic(window: _Window) -> None:
     )
 
 
-def _directory(window: _Window) -> list[tuple[str, int, int]]:
-    """(name, position of the local header, size) of every record, from the central directory."""
+def _directory(window: _Window) -> tuple[int, list[tuple[str, int, int]]]:
+    """The position of the central directory, and (name, position of the local header, size) of every record in it."""
     position, size, count = _end_records(window)
+    if size > MAX_DIRECTORY:
+        raise _broken(window.where, f"a directory of {size} bytes")
     data = window.read(position, size)
     if b"/constants.pkl" in data:  # its code is compressed, so this comes before the check for that
         raise CheckpointError(
@@ -176,10 +185,12 @@ def _directory(window: _Window) -> list[tuple[str, int, int]]:
         name = data[at + _CENTRAL.size : name_end].decode("utf-8", "replace")
         plain, compressed, local = _zip64(data[name_end:extra_end], plain, compressed, header[16])
         if magic != b"PK\x01\x02" or flags & 1 or method != 0 or plain != compressed:
-            raise _broken(window.where, f"{name or 'a record'} that is compressed, encrypted or no record")
+            raise _broken(window.where, f"{name[:80] or 'a record'} that is compressed, encrypted or no record")
+        if header[13] or header[15] & _DIRECTORY_ATTRIBUTE:
+            raise _broken(window.where, f"{name[:80]} that is a folder, or in another file of the archive")
         entries.append((name, local, plain))
         at = extra_end + header[12]
-    return entries
+    return position, entries
 
 
 def _end_records(window: _Window) -> tuple[int, int, int]:
@@ -192,18 +203,26 @@ def _end_records(window: _Window) -> tuple[int, int, int]:
         at = window.length - back + found if found >= 0 else window.length
     if at + _EOCD.size > window.length:
         raise _broken(window.where, "no end record: the archive is cut off")
-    _, _, _, _, count, size, position, comment = _EOCD.unpack(window.read(at, _EOCD.size))
+    _, disk, first_disk, here, count, size, position, comment = _EOCD.unpack(window.read(at, _EOCD.size))
+    if (disk or first_disk or here != count) and (disk, first_disk) != (_FULL >> 16,) * 2:
+        raise _broken(window.where, "an archive of several files")
     if at + _EOCD.size + comment != window.length:
         raise _broken(window.where, "bytes behind the end record")
     before = at - _LOCATOR.size
     if before >= 0 and window.read(before, 4) == b"PK\x06\x07":
-        _, _, at64, _ = _LOCATOR.unpack(window.read(before, _LOCATOR.size))
+        _, disk, at64, disks = _LOCATOR.unpack(window.read(before, _LOCATOR.size))
+        if disk or disks > 1:
+            raise _broken(window.where, "an archive of several files")
         fields = _EOCD64.unpack(window.read(at64, _EOCD64.size))
         if fields[0] != b"PK\x06\x06":
             raise _broken(window.where, "a zip64 end record that is none")
+        if fields[4] or fields[5] or fields[6] != fields[7]:
+            raise _broken(window.where, "an archive of several files")
         count, size, position = fields[7], fields[8], fields[9]
     if count * _CENTRAL.size > size:
         raise _broken(window.where, f"a directory of {size} bytes for {count} records")
+    if position + size > at:
+        raise _broken(window.where, "a directory that reaches into the end record")
     return position, size, count
 
 
@@ -221,17 +240,20 @@ def _zip64(extra: bytes, plain: int, compressed: int, local: int) -> tuple[int, 
     return values[0], values[1], values[2]
 
 
-def _locate(window: _Window, entries: list[tuple[str, int, int]]) -> dict[str, tuple[int, int]]:
+def _locate(window: _Window, entries: list[tuple[str, int, int]], directory: int) -> dict[str, tuple[int, int]]:
     """Position and size of every record's payload by its name below the archive's, from the local headers."""
     records: dict[str, tuple[int, int]] = {}
     taken: list[tuple[int, int, str]] = []
     top = entries[0][0].partition("/")[0] if entries else ""
     for name, local, size in entries:
         header = _LOCAL.unpack(window.read(local, _LOCAL.size))
-        start = local + _LOCAL.size + header[9] + header[10]
+        name_end = local + _LOCAL.size + header[9]
+        start = name_end + header[10]
         head, _, short = name.partition("/")
-        if header[0] != b"PK\x03\x04" or start + size > window.length or head != top or not short or short in records:
+        if header[0] != b"PK\x03\x04" or start + size > directory or head != top or not short:
             raise _broken(window.where, f"record {name!r:.80} out of place")
+        if short in records or window.read(local + _LOCAL.size, header[9]).decode("utf-8", "replace") != name:
+            raise _broken(window.where, f"record {name!r:.80} twice, or under another name in its own header")
         records[short] = (start, size)
         taken.append((local, start + size, name))
     taken.sort()
@@ -247,8 +269,10 @@ def _check_records(window: _Window, records: dict[str, tuple[int, int]]) -> None
             "the archive holds no checkpoint", where=window.where, expected="a record data.pkl",
             found=", ".join(sorted(records)[:5]) or "no record",
         )  # fmt: skip
+    if records["data.pkl"][1] > MAX_PICKLE:
+        raise _broken(window.where, f"a pickle of {records['data.pkl'][1]} bytes")
     order = records.get("byteorder")
-    if order is not None and window.read(*order) != b"little":
+    if order is not None and (order[1] != 6 or window.read(*order) != b"little"):
         raise CheckpointError(
             "the archive was written on a big-endian machine", where=window.where,
             hint="load it with torch and save it again on a little-endian machine",

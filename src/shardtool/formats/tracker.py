@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardtool.errors import CheckpointError
+from shardtool.formats.small_files import read_small
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_(\d{7,})")
@@ -62,14 +63,13 @@ def iteration_name(iteration: int | None) -> str:
 
 def _tracked(root: Path) -> Iteration:
     tracker = root / TRACKER
-    try:
-        with tracker.open("rb") as file:
-            text = file.read(64).decode("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError("the tracker file cannot be read", where=str(tracker), found=str(error)[:100]) from None
+    text = read_small(tracker, 1024).decode("latin-1").strip()
     if text != "release" and not re.fullmatch(r"\d{1,18}", text):
         raise CheckpointError(
-            "the tracker file is damaged", where=str(tracker), expected="an iteration, or release", found=repr(text)
+            "the tracker file is damaged",
+            where=str(tracker),
+            expected="an iteration, or release",
+            found=repr(text[:40]),
         )
     iteration = None if text == "release" else int(text)
     directory = root / iteration_name(iteration)

@@ -2,23 +2,28 @@
 
 Python's own unpickler imports what a pickle names and lets it reach into the objects it has built. This one knows the
 opcodes of protocols 2 to 5, takes every name through `inert.resolve`, and has no other way out: no import, no call, no
-attribute of a Python object, no allocation that the input does not pay for byte by byte.
+attribute of a Python object. What it builds has a budget in proportion to the bytes that describe it, so neither memory
+nor time is a multiple of what an honest file of that size takes.
 """
 
 from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 
 from shardtool.errors import CheckpointError
-from shardtool.formats.inert import Inert, TensorRef, call, hashable, resolve, storage
+from shardtool.formats.inert import Inert, TensorRef, call, key_cost, resolve, storage
 
 _I2 = struct.Struct("<H").unpack_from
 _I4 = struct.Struct("<i").unpack_from
 _U4 = struct.Struct("<I").unpack_from
 _U8 = struct.Struct("<Q").unpack_from
 _F8 = struct.Struct(">d").unpack_from
+
+# What a pickle may cost, in bytes of memory and steps of work alike; torch's and Megatron's cost 15 per byte
+BUDGET, BUDGET_PER_BYTE = 32 << 20, 40
+CONTAINER, OBJECT, SET, MEMO, ITEM = 64, 256, 224, 100, 64
 
 
 def loads(data: bytes, where: str, *, storages: bool = False) -> object:
@@ -47,13 +52,14 @@ def loads(data: bytes, where: str, *, storages: bool = False) -> object:
 
 
 class _Machine:
-    __slots__ = ("data", "marks", "memo", "pos", "stack", "storages", "where")
+    __slots__ = ("data", "left", "marks", "memo", "pos", "stack", "storages", "where")
 
     def __init__(self, data: bytes, where: str, storages: bool) -> None:
         self.data = data
         self.where = where
         self.storages = storages
         self.pos = 0
+        self.left = BUDGET + BUDGET_PER_BYTE * len(data)
         self.stack: list[object] = []
         self.marks: list[list[object]] = []
         self.memo: dict[int, object] = {}  # a dict: a huge index costs nothing, an unknown one is a KeyError
@@ -72,6 +78,19 @@ def _run(machine: _Machine) -> object:
         if operation is None:
             raise ValueError(f"unexpected opcode 0x{code:02x}")
         operation(machine)
+        if machine.left < 0:
+            _exhausted()
+
+
+def _exhausted() -> None:
+    raise ValueError("it describes more than a file of its size may")
+
+
+def _spend(machine: _Machine, cost: int) -> None:
+    """Take a cost from the budget before it arises."""
+    machine.left -= cost
+    if machine.left < 0:
+        _exhausted()
 
 
 def _take(machine: _Machine, count: int) -> bytes:
@@ -172,11 +191,18 @@ def _binary(size: Callable[[_Machine], int], kind: type[bytes] | type[bytearray]
 
 
 def _empty(kind: type[list[object]] | type[dict[object, object]] | type[set[object]]) -> Callable[[_Machine], None]:
-    return lambda machine: machine.stack.append(kind())
+    cost = SET if kind is set else CONTAINER
+
+    def operation(machine: _Machine) -> None:
+        machine.left -= cost
+        machine.stack.append(kind())
+
+    return operation
 
 
 def _tuple(machine: _Machine) -> None:
     items = _pop_mark(machine)
+    machine.left -= CONTAINER
     machine.stack.append(tuple(items))
 
 
@@ -184,6 +210,7 @@ def _tuple_of(count: int) -> Callable[[_Machine], None]:
     def operation(machine: _Machine) -> None:
         if len(machine.stack) < count:
             raise IndexError("an empty stack")
+        machine.left -= CONTAINER
         machine.stack[-count:] = [tuple(machine.stack[-count:])]
 
     return operation
@@ -191,31 +218,34 @@ def _tuple_of(count: int) -> Callable[[_Machine], None]:
 
 def _list(machine: _Machine) -> None:
     items = _pop_mark(machine)
+    machine.left -= CONTAINER
     machine.stack.append(items)
 
 
 def _dict(machine: _Machine) -> None:
     items = _pop_mark(machine)
     made: dict[object, object] = {}
-    _fill(made, items)
+    machine.left -= CONTAINER
+    _fill(machine, made, items)
     machine.stack.append(made)
 
 
 def _frozenset(machine: _Machine) -> None:
     items = _pop_mark(machine)
     made: set[object] = set()
-    _add(made, items)
+    machine.left -= SET
+    _add(machine, made, items)
     machine.stack.append(frozenset(made))
 
 
-def _fill(target: object, items: list[object]) -> None:
+def _fill(machine: _Machine, target: object, items: list[object]) -> None:
     if isinstance(target, Inert):
         target = target.entries
     if not isinstance(target, dict) or len(items) % 2:
         raise ValueError("items are set on something that is no dict")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if type(key) is not str and not hashable(key):
-            raise ValueError("a dict key that cannot be hashed")
+        if type(key) is not str:
+            _spend(machine, key_cost(key, len(target)))
         target[key] = value
 
 
@@ -227,20 +257,22 @@ def _extend(target: object, items: list[object]) -> None:
     target.extend(items)
 
 
-def _add(target: object, items: list[object]) -> None:
-    if not isinstance(target, set) or not all(hashable(item) for item in items):
+def _add(machine: _Machine, target: object, items: list[object]) -> None:
+    if not isinstance(target, set):
         raise ValueError("items are added to something that is no set")
-    target.update(items)
+    for item in items:
+        _spend(machine, ITEM + key_cost(item, len(target)))
+        target.add(item)
 
 
 def _setitem(machine: _Machine) -> None:
     value, key = machine.stack.pop(), machine.stack.pop()
-    _fill(machine.stack[-1], [key, value])
+    _fill(machine, machine.stack[-1], [key, value])
 
 
 def _setitems(machine: _Machine) -> None:
     items = _pop_mark(machine)
-    _fill(machine.stack[-1], items)
+    _fill(machine, machine.stack[-1], items)
 
 
 def _append(machine: _Machine) -> None:
@@ -255,7 +287,7 @@ def _appends(machine: _Machine) -> None:
 
 def _additems(machine: _Machine) -> None:
     items = _pop_mark(machine)
-    _add(machine.stack[-1], items)
+    _add(machine, machine.stack[-1], items)
 
 
 def _global(machine: _Machine) -> None:
@@ -274,7 +306,16 @@ def _reduce(machine: _Machine) -> None:
     args, function = machine.stack.pop(), machine.stack.pop()
     if not isinstance(args, tuple):
         raise ValueError("a call without arguments")
-    machine.stack.append(call(function, args))
+    # a call may copy each of its arguments, and an argument may be in the memo and come again and again
+    _spend(machine, OBJECT + 8 * len(args))
+    _spend(machine, sum(_size(item) for item in args))
+    machine.stack.append(call(function, args, lambda cost: _spend(machine, cost)))
+
+
+def _size(value: object) -> int:
+    if isinstance(value, str | bytes | bytearray):
+        return len(value)
+    return ITEM * len(value) if isinstance(value, Sized) else 0
 
 
 def _newobj_ex(machine: _Machine) -> None:
@@ -282,7 +323,7 @@ def _newobj_ex(machine: _Machine) -> None:
     _reduce(machine)
     made = machine.stack[-1]
     if isinstance(made, Inert) and isinstance(keywords, dict):
-        made.state = dict(keywords)
+        made.state = keywords
 
 
 def _build(machine: _Machine) -> None:
@@ -291,7 +332,9 @@ def _build(machine: _Machine) -> None:
     if isinstance(target, Inert):
         if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
             # (dict or None, slots): how objects with __slots__ are pickled
-            state = {**(state[0] if isinstance(state[0], dict) else {}), **state[1]}
+            first = state[0] if isinstance(state[0], dict) else {}
+            _spend(machine, ITEM * (len(first) + len(state[1])))
+            state = {**first, **state[1]}
         target.state = state
     elif not isinstance(target, dict | list | set | TensorRef):  # attributes of a container (_metadata) carry no weight
         raise ValueError("state is set on something that has none")
@@ -300,19 +343,22 @@ def _build(machine: _Machine) -> None:
 def _persistent(machine: _Machine) -> None:
     if not machine.storages:
         raise ValueError("a persistent id outside a torch file")
+    machine.left -= OBJECT
     machine.stack.append(storage(machine.stack.pop()))
 
 
 def _binput(machine: _Machine) -> None:
     machine.memo[machine.data[machine.pos]] = machine.stack[-1]
-    machine.pos += 1
+    machine.pos += 1  # at most 256 entries: no cost
 
 
 def _long_binput(machine: _Machine) -> None:
+    machine.left -= MEMO
     machine.memo[_size4(machine)] = machine.stack[-1]
 
 
 def _memoize(machine: _Machine) -> None:
+    machine.left -= MEMO
     machine.memo[len(machine.memo)] = machine.stack[-1]
 
 

@@ -11,7 +11,7 @@ from shardtool.checkpoint.huggingface import HuggingFace, open_huggingface
 from shardtool.checkpoint.megatron import Megatron, read_megatron
 from shardtool.checkpoint.opened import Opened, fold
 from shardtool.errors import CheckpointError, UsageError
-from shardtool.execute import engine
+from shardtool.execute import engine, finite
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import standard
 from shardtool.families.family import TRAINING_ONLY, describe_differences
@@ -160,10 +160,11 @@ def _exact(a: Opened, b: Opened) -> Level:
         f"{item.elements} of {item.total} elements differ, the first is number {item.first}"
         for item in differences
     )
-    numbers = {"elements": compared, "differing_tensors": len(differences)}
+    notes = [f"note: {item}" for side in (a, b) for item in finite.scan(side.headers, side.locate)]
+    numbers = {"elements": compared, "differing_tensors": len(differences), "not_finite": len(notes)}
     if not compared:
         problems.append("nothing was compared")
-    return Level("exact", not problems, numbers, (f"{compared:,} elements compared",), tuple(problems[:40]))
+    return Level("exact", not problems, numbers, (f"{compared:,} elements compared", *notes[:20]), tuple(problems[:40]))
 
 
 def _logits(a: HuggingFace | Megatron, b: HuggingFace | Megatron, options: LogitsOptions) -> Level:

@@ -1,0 +1,119 @@
+"""Weights that are no numbers: NaN and Inf in what is stored, and values that the target's dtype cannot hold.
+
+The bits tell: of all floats of a sign, NaN and Inf have the largest patterns. So one maximum over the words taken as
+unsigned and one over them as signed integers show whether there is any; only then they are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from shardtool.errors import CheckpointError
+from shardtool.execute.numbers import numpy, numpy_dtype
+from shardtool.execute.tiles import Sources, Workspace
+from shardtool.formats.stored import ITEMSIZE, Stored
+from shardtool.layout.layout import Key
+
+STEP = 1 << 20  # bytes looked at at once: they stay in the cache
+# the pattern of Inf, of the smallest NaN where there is no Inf
+INF: dict[str, int] = {
+    "float64": 0x7FF0 << 48, "float32": 0x7F80 << 16, "float16": 0x7C00, "bfloat16": 0x7F80,
+    "float8_e4m3fn": 0x7F, "float8_e5m2": 0x7C,
+}  # fmt: skip
+# (stored, written) -> the smallest pattern that is rounded to Inf
+BEYOND: dict[tuple[str, str], int] = {
+    ("float32", "float16"): 0x477FF000, ("bfloat16", "float16"): 0x4780, ("float32", "bfloat16"): 0x7F7F8000,
+    ("float64", "float16"): 0x40EFFE00 << 32, ("float64", "bfloat16"): 0x47EFF000 << 32,
+    ("float64", "float32"): 0x47EFFFFFF0000000,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class NotFinite:
+    """A tensor with values that are no numbers: how many of each kind, of how many elements.
+
+    `beyond` counts numbers that would become Inf in the dtype that is written.
+    """
+
+    key: Key
+    nan: int
+    inf: int
+    beyond: int
+    total: int
+
+    def __str__(self) -> str:
+        kinds = ((self.nan, "NaN"), (self.inf, "Inf"), (self.beyond, "too large for the dtype that is written"))
+        found = ", ".join(f"{count} {kind}" for count, kind in kinds if count)
+        return f"{self.key[1]}{' in ' + self.key[0] if self.key[0] else ''}: {found} of {self.total} elements"
+
+
+def scan(
+    keys: Iterable[Key], locate: Callable[[Key], Stored], written: Mapping[Key, str] | None = None, *, jobs: int = 2
+) -> list[NotFinite]:
+    """The tensors that hold NaN or Inf, or with `written` (their target's dtype) numbers that it cannot hold.
+
+    Every payload is read once. Integers and quantised tensors, whose values are not stored, are passed over.
+    """
+    sources = Sources()
+
+    def one(key: Key) -> NotFinite | None:
+        stored = locate(key)
+        if stored.dtype not in INF or stored.quantised is not None or 0 in stored.shape:
+            return None
+        return _tensor(key, stored, (written or {}).get(key, stored.dtype), Workspace(sources))
+
+    try:
+        with ThreadPoolExecutor(max(1, jobs)) as pool:
+            return [found for found in pool.map(one, keys) if found is not None]
+    finally:
+        sources.close()
+
+
+def _tensor(key: Key, stored: Stored, written: str, space: Workspace) -> NotFinite | None:
+    width, inf = ITEMSIZE[stored.dtype], INF[stored.dtype]
+    least, sign = min(inf, BEYOND.get((stored.dtype, written), inf)), 1 << (8 * width - 1)
+    nan = infinite = beyond = 0
+    for words in _words(stored, space) if stored.strides is None else _strided(stored):
+        if words.max() < sign + least and words.view(f"i{width}").max() < least:
+            continue
+        bits = words & words.dtype.type(sign - 1)
+        no_number = int((bits >= inf).sum())
+        infinities = 0 if stored.dtype == "float8_e4m3fn" else int((bits == inf).sum())
+        nan, infinite = nan + no_number - infinities, infinite + infinities
+        beyond += int((bits >= least).sum()) - no_number
+    return NotFinite(key, nan, infinite, beyond, stored.nbytes // width) if nan or infinite or beyond else None
+
+
+def _words(stored: Stored, space: Workspace) -> Iterator[Any]:
+    """The elements of a row-major tensor as unsigned integers, in pieces."""
+    kind = numpy_dtype(stored.dtype, values=False)
+    for low in range(0, stored.nbytes, STEP):
+        view = space.buffer("finite", STEP)[: min(STEP, stored.nbytes - low)]
+        space.read_into(stored.file, stored.offset + low, view)
+        yield numpy().frombuffer(view, kind)
+
+
+def _strided(stored: Stored) -> Iterator[Any]:
+    """The same for a tensor that is stored in another order."""
+    np, kind = numpy(), numpy_dtype(stored.dtype, values=False)
+    strides = stored.strides or ()
+    span = 1 + sum((size - 1) * step for size, step in zip(stored.shape, strides, strict=True))
+    flat = np.memmap(stored.file, kind, "r", stored.offset, (span,))
+    whole = np.lib.stride_tricks.as_strided(flat, stored.shape, [step * kind.itemsize for step in strides])
+    rows = max(1, STEP // max(1, stored.nbytes // stored.shape[0]))
+    for row in range(0, stored.shape[0], rows):
+        yield np.ascontiguousarray(whole[row : row + rows])
+
+
+def refuse(found: list[NotFinite], where: str, *, allowed: bool) -> tuple[str, ...]:
+    """Raises CheckpointError naming the tensors; with `allowed` their lines instead, to be said as notes."""
+    lines = tuple(map(str, found[:20])) + ((f"and {len(found) - 20} tensors more",) if len(found) > 20 else ())
+    if found and not allowed:
+        raise CheckpointError(
+            "weights that are no numbers", where=where, details=lines,
+            hint="the training has diverged, or a file is damaged; --allow-nan takes them as they are",
+        )  # fmt: skip
+    return lines
