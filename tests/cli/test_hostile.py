@@ -137,8 +137,6 @@ INDICES: dict[str, tuple[Callable[[Path, dict[str, Any]], object], str]] = {
     ),
     "a tensor that is nowhere": (lambda _, i: i["weight_map"].update(stray=some_file(i)), "stray"),
     "a tensor left out": (lambda _, i: i["weight_map"].pop(NORM), NORM),
-    "a total size that is too large": (lambda _, i: i["metadata"].update(total_size=10**9), "total_size 1000000000"),
-    "a total size that is none": (lambda _, i: i["metadata"].update(total_size="much"), "total_size"),
     "a link out of the directory": (linked, "leads out of the checkpoint"),
     "names that differ in case": (twins, "upper and lower case"),
     "a second set of weights": (single, "two sets of weights"),

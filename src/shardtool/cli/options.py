@@ -73,6 +73,13 @@ def _recipe(ctx: typer.Context, file: Path | None) -> Path | None:
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError("the recipe cannot be read", where=str(file), found=str(error)) from error
     values = {name.replace("-", "_"): value for name, value in recipe.items()}
+    if tables := sorted(name for name, value in values.items() if isinstance(value, dict | list)):
+        raise UsageError(
+            "a recipe's entry is no option's value",
+            where=f"{file}: --{tables[0].replace('_', '-')}",
+            expected="a number, a text, true or false",
+            found=repr(values[tables[0]])[:80],
+        )
     known = {str(parameter.name) for parameter in ctx.command.params if parameter.name}
     if unknown := sorted(values.keys() - known):
         raise UsageError(
