@@ -38,12 +38,13 @@ def all_mutants() -> tuple[Mutant, ...]:
     import mutants_dense
     import mutants_experts
     import mutants_exported
+    import mutants_folded
     import mutants_gpt2
     import mutants_latent
 
     found = (
         *mutants_dense.MUTANTS, *mutants_gpt2.MUTANTS, *mutants_experts.MUTANTS, *mutants_latent.MUTANTS,
-        *mutants_exported.MUTANTS,
+        *mutants_folded.MUTANTS, *mutants_exported.MUTANTS,
     )  # fmt: skip
     names = [mutant.name for mutant in found]
     assert len(set(names)) == len(names), "two mutants of one name"

@@ -190,7 +190,7 @@ MUTANTS = tuple(Mutant(name, "dense GQA", model, plant, options, **more) for nam
     ("q, k, v one after the other on each of two ranks", "llama", TP2, in_tensors(QKV, contiguous), {"diff": "qkv_order", "seen": "epfLLM #63"}),
     ("query groups exchanged in one layer", "llama", (), in_tensors(L1 + QKV, groups_permuted), {"diff": "query_groups_exchanged"}),
     ("two query heads exchanged in one layer", "llama", (), in_tensors(L1 + QKV, query_heads_permuted), {"diff": "query_heads_exchanged"}),
-    ("query heads numbered by place in the group", "llama", (), in_tensors(QKV, heads_by_place_in_group), {"diff": "query_heads_permuted"}),
+    ("query heads numbered by place in the group", "llama", (), in_tensors(QKV, heads_by_place_in_group), {"diff": "query_heads_interleaved"}),
     ("keys of two groups exchanged in one layer", "llama", (), in_tensors(L1 + QKV, key_heads_permuted), {"diff": "query_groups_exchanged"}),
     ("keys and values swapped", "llama", (), in_tensors(QKV, keys_and_values_swapped), {"diff": "key_value_swapped"}),
     ("rope rows as pairs, not as halves", "llama", (), in_tensors(QKV, rope_pairs), {"diff": "rope_interleaved", "seen": "torchtitan #1291"}),
