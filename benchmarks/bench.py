@@ -118,7 +118,7 @@ def file_system(path: Path) -> str:
 
 def time_rounds(options: argparse.Namespace) -> None:
     """Measure all techniques `rounds` times."""
-    base, out = folder(options.work, options.shape, options.gb), options.work / "out"
+    base, out = folder(options.work, options.shape, options.gb), options.work / f"out-{options.run}"
     commands = techniques(options.direction, base, out, options.format, options.plain)
     if options.only:
         commands = {name: command for name, command in commands.items() if name in options.only}
@@ -137,7 +137,7 @@ def time_rounds(options: argparse.Namespace) -> None:
 
 def memory(options: argparse.Namespace) -> None:
     """Peak anonymous memory of every conversion, and whether it completes under the limit."""
-    base, out = folder(options.work, options.shape, options.gb), options.work / "out"
+    base, out = folder(options.work, options.shape, options.gb), options.work / f"out-{options.run}"
     for direction, form in ((direction, form) for direction in DIRECTIONS for form in FORMATS):
         for name, command in techniques(direction, base, out, form, options.plain).items():
             if name not in ("shardtool, no sync", "plain script"):
@@ -155,7 +155,11 @@ def memory(options: argparse.Namespace) -> None:
 
 def values(options: argparse.Namespace) -> None:
     """A conversion that changes values, against `cp` of what it writes; its memory."""
-    base, out, copy = (folder(options.work, options.shape, options.gb), options.work / "out", options.work / "written")
+    base, out, copy = (
+        folder(options.work, options.shape, options.gb),
+        options.work / f"out-{options.run}",
+        options.work / f"written-{options.run}",
+    )
     dtype = "fp32" if options.shape == "llama" else "bf16"
     arguments = [*conversion("hf2megatron", base, out, "torch"), "--dtype", dtype, "-q"]
     measure.remove(copy)
@@ -177,7 +181,7 @@ def values(options: argparse.Namespace) -> None:
 
 def scaling(options: argparse.Namespace) -> None:
     """hf2megatron with 1, 2 and 4 threads, and as 1, 2 processes of one thread each under torchrun."""
-    base, out = folder(options.work, options.shape, options.gb), options.work / "out"
+    base, out = folder(options.work, options.shape, options.gb), options.work / f"out-{options.run}"
     need = int(options.gb * 1.1e9) + (1 << 28)
     torchrun = [PYTHON, "-m", "torch.distributed.run", "--no-python"]
     inner = [*WITHOUT_SYNC, *conversion("hf2megatron", base, out, "torch"), "-q"]
