@@ -66,13 +66,13 @@ def conversion(direction: str, base: Path, out: Path, form: str) -> list[str]:
 
 
 def techniques(direction: str, base: Path, out: Path, form: str, plain: bool) -> dict[str, list[str]]:
-    """Each technique's command. `cp` does not wait for the device, so there are two pairs."""
+    """Each technique's command. `cp` neither waits for the device nor hashes, so there are two pairs."""
     source = base / "hf" if direction == "hf2megatron" else base / form
     arguments = [*conversion(direction, base, out, form), "-q"]
     copy = ["cp", "-r", str(source), str(out)]
     found = {
         "cp": copy,
-        "shardtool, no sync": [*WITHOUT_SYNC, *arguments],
+        "shardtool, no sync": [*WITHOUT_SYNC, *arguments, "--no-checksums"],
         "cp, sync": ["sh", "-c", 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +', "sh", str(source), str(out)],
         "shardtool": [*SHARDTOOL, *arguments],
     }
@@ -165,7 +165,10 @@ def values(options: argparse.Namespace) -> None:
     measure.remove(copy)
     subprocess.run([*WITHOUT_SYNC, *conversion("hf2megatron", base, copy, "torch"), "--dtype", dtype, "-q"], check=True,
                    stdout=subprocess.DEVNULL, env=measure.ENVIRONMENT)  # fmt: skip
-    techniques = {"cp": ["cp", "-r", str(copy), str(out)], "shardtool, no sync": [*WITHOUT_SYNC, *arguments]}
+    techniques = {
+        "cp": ["cp", "-r", str(copy), str(out)],
+        "shardtool, no sync": [*WITHOUT_SYNC, *arguments, "--no-checksums"],
+    }
     written = sum(path.stat().st_size for path in copy.rglob("*") if path.is_file())
     for number in range(options.rounds):
         measure.warm(base / "hf")
@@ -184,7 +187,7 @@ def scaling(options: argparse.Namespace) -> None:
     base, out = folder(options.work, options.shape, options.gb), options.work / f"out-{options.run}"
     need = int(options.gb * 1.1e9) + (1 << 28)
     torchrun = [PYTHON, "-m", "torch.distributed.run", "--no-python"]
-    inner = [*WITHOUT_SYNC, *conversion("hf2megatron", base, out, "torch"), "-q"]
+    inner = [*WITHOUT_SYNC, *conversion("hf2megatron", base, out, "torch"), "-q", "--no-checksums"]
     for number in range(options.rounds):
         measure.warm(base / "hf")
         commands = {f"{jobs} threads": [*inner, "--jobs", str(jobs)] for jobs in (1, 2, 4)}
