@@ -66,13 +66,13 @@ def conversion(direction: str, base: Path, out: Path, form: str) -> list[str]:
 
 
 def techniques(direction: str, base: Path, out: Path, form: str, plain: bool) -> dict[str, list[str]]:
-    """Each technique's command. `cp` does not wait for the device, so there are two pairs."""
+    """Each technique's command. `cp` neither waits for the device nor hashes, so there are two pairs."""
     source = base / "hf" if direction == "hf2megatron" else base / form
     arguments = [*conversion(direction, base, out, form), "-q"]
     copy = ["cp", "-r", str(source), str(out)]
     found = {
         "cp": copy,
-        "shardtool, no sync": [*WITHOUT_SYNC, *arguments],
+        "shardtool, no sync": [*WITHOUT_SYNC, *arguments, "--no-checksums"],
         "cp, sync": ["sh", "-c", 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +', "sh", str(source), str(out)],
         "shardtool": [*SHARDTOOL, *arguments],
     }
@@ -118,7 +118,7 @@ def file_system(path: Path) -> str:
 
 def time_rounds(options: argparse.Namespace) -> None:
     """Measure all techniques `rounds` times."""
-    base, out = folder(options.work, options.shape, options.gb), options.work / "out"
+    base, out = folder(options.work, options.shape, options.gb), options.work / f"out-{options.run}"
     commands = techniques(options.direction, base, out, options.format, options.plain)
     if options.only:
         commands = {name: command for name, command in commands.items() if name in options.only}
@@ -137,7 +137,7 @@ def time_rounds(options: argparse.Namespace) -> None:
 
 def memory(options: argparse.Namespace) -> None:
     """Peak anonymous memory of every conversion, and whether it completes under the limit."""
-    base, out = folder(options.work, options.shape, options.gb), options.work / "out"
+    base, out = folder(options.work, options.shape, options.gb), options.work / f"out-{options.run}"
     for direction, form in ((direction, form) for direction in DIRECTIONS for form in FORMATS):
         for name, command in techniques(direction, base, out, form, options.plain).items():
             if name not in ("shardtool, no sync", "plain script"):
@@ -155,13 +155,20 @@ def memory(options: argparse.Namespace) -> None:
 
 def values(options: argparse.Namespace) -> None:
     """A conversion that changes values, against `cp` of what it writes; its memory."""
-    base, out, copy = (folder(options.work, options.shape, options.gb), options.work / "out", options.work / "written")
+    base, out, copy = (
+        folder(options.work, options.shape, options.gb),
+        options.work / f"out-{options.run}",
+        options.work / f"written-{options.run}",
+    )
     dtype = "fp32" if options.shape == "llama" else "bf16"
     arguments = [*conversion("hf2megatron", base, out, "torch"), "--dtype", dtype, "-q"]
     measure.remove(copy)
     subprocess.run([*WITHOUT_SYNC, *conversion("hf2megatron", base, copy, "torch"), "--dtype", dtype, "-q"], check=True,
                    stdout=subprocess.DEVNULL, env=measure.ENVIRONMENT)  # fmt: skip
-    techniques = {"cp": ["cp", "-r", str(copy), str(out)], "shardtool, no sync": [*WITHOUT_SYNC, *arguments]}
+    techniques = {
+        "cp": ["cp", "-r", str(copy), str(out)],
+        "shardtool, no sync": [*WITHOUT_SYNC, *arguments, "--no-checksums"],
+    }
     written = sum(path.stat().st_size for path in copy.rglob("*") if path.is_file())
     for number in range(options.rounds):
         measure.warm(base / "hf")
@@ -177,10 +184,10 @@ def values(options: argparse.Namespace) -> None:
 
 def scaling(options: argparse.Namespace) -> None:
     """hf2megatron with 1, 2 and 4 threads, and as 1, 2 processes of one thread each under torchrun."""
-    base, out = folder(options.work, options.shape, options.gb), options.work / "out"
+    base, out = folder(options.work, options.shape, options.gb), options.work / f"out-{options.run}"
     need = int(options.gb * 1.1e9) + (1 << 28)
     torchrun = [PYTHON, "-m", "torch.distributed.run", "--no-python"]
-    inner = [*WITHOUT_SYNC, *conversion("hf2megatron", base, out, "torch"), "-q"]
+    inner = [*WITHOUT_SYNC, *conversion("hf2megatron", base, out, "torch"), "-q", "--no-checksums"]
     for number in range(options.rounds):
         measure.warm(base / "hf")
         commands = {f"{jobs} threads": [*inner, "--jobs", str(jobs)] for jobs in (1, 2, 4)}
