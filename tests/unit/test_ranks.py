@@ -130,6 +130,18 @@ def test_the_bytes_are_the_same_for_any_number_of_ranks(tmp_path, source):
         assert held == made, name
 
 
+def check_the_next_run(tmp_path: Path, source: Path, *options: str) -> None:
+    """There is no DST; one process takes up what the ranks have finished, and gives the bytes of an undisturbed run."""
+    assert {entry.name for entry in tmp_path.iterdir()} <= {"faulty.py", ".out.shardtool"}
+    kept = sum(path.read_text().count('{"file":') for path in tmp_path.glob(".out.shardtool/journal-*.jsonl"))
+    for name in ("out", "undisturbed"):
+        command = [sys.executable, "-m", "shardtool", "hf2megatron", source, tmp_path / name, *ARGUMENTS[:-1], *options]
+        run = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+        assert ("continuing: " in run.stderr) == (kept > 0 and name == "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    assert not (tmp_path / ".out.shardtool").exists()
+
+
 def test_a_rank_that_fails_fails_the_run_with_its_message(tmp_path, source):
     (tmp_path / "faulty.py").write_text(FAULTY)
     command = (tmp_path / "faulty.py", "fail", "hf2megatron", source, tmp_path / "out", *ARGUMENTS, "--format", "torch")
@@ -137,7 +149,7 @@ def test_a_rank_that_fails_fails_the_run_with_its_message(tmp_path, source):
     assert done.returncode != 0
     assert "error: the cable is out" in done.stderr  # rank 1
     assert "error: rank 1 failed: the cable is out" in done.stderr  # rank 0
-    assert [entry.name for entry in tmp_path.iterdir()] == ["faulty.py"]
+    check_the_next_run(tmp_path, source, "--format", "torch")
 
 
 def test_a_rank_that_is_killed_fails_the_run(tmp_path, source):
@@ -146,15 +158,15 @@ def test_a_rank_that_is_killed_fails_the_run(tmp_path, source):
     (first, _, text), (second, _, _) = finish(start_steps(2, command, timeout="3"))
     assert (first, second) == (1, -signal.SIGKILL)
     assert "rank 1 is silent" in text
-    assert [entry.name for entry in tmp_path.iterdir()] == ["faulty.py"]
+    check_the_next_run(tmp_path, source)
 
 
 def test_a_killed_rank_under_torchrun(tmp_path, source):
-    """torchrun ends the others with SIGTERM: they clean up behind them."""
+    """torchrun ends the others with SIGTERM."""
     (tmp_path / "faulty.py").write_text(FAULTY)
     done = torchrun(2, tmp_path / "faulty.py", "kill", "hf2megatron", source, tmp_path / "out", *ARGUMENTS)
     assert done.returncode != 0
-    assert [entry.name for entry in tmp_path.iterdir()] == ["faulty.py"]
+    check_the_next_run(tmp_path, source)
 
 
 # --- the ranks as threads of this process, each with a client of its own ------------------------------------------------

@@ -34,6 +34,7 @@ from shardtool.execute.ranks import RankError
 FIRST = PATTERN.replace("*", "0")  # the journal of the process that has the lock
 NOT_DURABLE = ", not durable"
 CONTINUE = "the same command continues where this one stopped"
+AGAIN = "when that is mended, give the same command again"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 Say = Callable[[str], None]
 
@@ -200,7 +201,7 @@ def staged(dst: Path, key: str, *, subdirectory: str = "", durable: bool = True,
         directory.parent.mkdir(parents=True, exist_ok=True)
         lock = _Lock(directory, say)
     except OSError as error:
-        raise UsageError("the target cannot be made", where=str(dst), found=str(error)) from error
+        raise UsageError("the target cannot be made", where=str(dst), found=str(error), hint=AGAIN) from error
     with lock:
         stage = None
         try:
@@ -282,7 +283,7 @@ def _explained(error: BaseException, dst: Path, directory: Path, kept: str, comp
             f"the system refused: {error.strerror or error}",
             where=str(error.filename or directory),
             found=_free(dst) if error.errno in (errno.ENOSPC, errno.EDQUOT) else None,
-            hint=f"{CONTINUE}; {kept}" if kept else "when that is mended, give the same command again",
+            hint=f"{CONTINUE}; {kept}" if kept else AGAIN,
         )
     if isinstance(error, ShardtoolError) and kept:
         error.hint = f"{CONTINUE}; {kept}"
@@ -327,8 +328,9 @@ class _Lock:
             if _is_at(self._descriptor, path):
                 break
             os.close(self._descriptor)  # the one who had it has removed it
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # for the message alone: the disk may be full
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def __enter__(self) -> None:
         """The lock is held from the beginning."""
