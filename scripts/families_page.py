@@ -46,6 +46,8 @@ def table(measured: dict[str, Any]) -> Iterator[str]:
     yield "| family | class | has | logits | layouts | faults rejected |"
     yield "|---|---|---|---|---|---|"
     for name, family in FAMILIES.items():
+        if family.not_in_megatron({}):
+            continue
         entry = measured.get(name, {})
         logits = "<br>".join(f"{ratio:.1e} against {against}" for against, ratio in entry.get("logits", {}).items())
         cells = [
@@ -70,6 +72,8 @@ def architectures(name: str) -> list[Any]:
 def caveats() -> Iterator[str]:
     """Where Megatron cannot compute exactly the same; of models as they are published and of configs/tiny."""
     for name, family in FAMILIES.items():
+        if family.not_in_megatron({}):
+            continue
         for text in dict.fromkeys(text for a in architectures(name) for text in family.caveats(a)):
             yield f"- `{name}`: {text}"
 
@@ -112,6 +116,8 @@ def unknown() -> Iterator[str]:
         return
     yield "\n## Model types that are not converted\n"
     yield from (f"- `{name}`: {reason}" for name, reason in refused.items())
+    reasons = {name: family.not_in_megatron({}) for name, family in FAMILIES.items()}
+    yield from (f"- `{name}`: {reason}; `translate` reads it" for name, reason in reasons.items() if reason)
 
 
 def page() -> str:

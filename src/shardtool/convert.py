@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from shardtool.checkpoint.constants import constant_fills
 from shardtool.checkpoint.huggingface import (
     HuggingFace,
     companions,
@@ -52,6 +53,9 @@ from shardtool.layout.mesh import Mesh, chunks, padded_vocab, virtual_stages
 from shardtool.layout.rules import Rule
 from shardtool.manifest import MANIFEST, ManifestFile, command_line, listed, manifest_bytes, tensor_spans, versions
 from shardtool.plan.plan import Plan, plan, replicas
+
+if TYPE_CHECKING:
+    from shardtool.translate.verdict import Verdict
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -102,6 +106,7 @@ class Prepared:
     notes: tuple[str, ...] = ()
     dtypes: Mapping[int, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)  # as on the command line: all that shape the output
+    verdict: Verdict | None = None  # of a translation: how exact it is
 
     @property
     def tensors(self) -> int:
@@ -483,7 +488,7 @@ def _write(
     work = []
     for task in engine.tasks(prepared.plan, lambda key: target.payload(key)[1].dtype):
         work.append((task, *target.payload(task.key)))
-    fills = padding_rows(prepared.plan, source, work)
+    fills = padding_rows(prepared.plan, source, work) | constant_fills(prepared.plan, target)
     skeletons = {name: skeleton for name, skeleton in target.skeletons.items() if name not in stage.finished}
     if ranks.size > 1:
         # files that take from the same part of the source go to the same rank: it is read once
@@ -549,7 +554,8 @@ def _write_last(
         put(below + name, data)
     files |= {name: ManifestFile(len(data), sha256(data) if checksums else "") for name, data in prepared.last.items()}
     command = command_line(prepared.direction, str(identity.path), prepared.options)
-    write_small(stage.output / MANIFEST, manifest_bytes(command, plan_digest, identity.as_dict(), files))
+    verdict = prepared.verdict.as_dict() if prepared.verdict else None
+    write_small(stage.output / MANIFEST, manifest_bytes(command, plan_digest, identity.as_dict(), files, verdict))
     for name, data in prepared.last.items():
         put(name, data)
     return (f"carried over: {', '.join(carried)}",) if carried else ()

@@ -80,9 +80,13 @@ def listed(record: Record, target: Target) -> ManifestFile:
 
 
 def manifest_bytes(
-    command: Sequence[str], plan_digest: str, source: Mapping[str, Any], files: Mapping[str, ManifestFile]
+    command: Sequence[str],
+    plan_digest: str,
+    source: Mapping[str, Any],
+    files: Mapping[str, ManifestFile],
+    verdict: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The manifest of an output whose files (names below its root) are these."""
+    """The manifest of an output whose files (names below its root) are these; `verdict` is that of a translation."""
     entries: dict[str, dict[str, Any]] = {}
     for name, file in sorted(files.items()):
         entries[name] = {"size": file.size} | ({"sha256": file.sha256} if file.sha256 else {})
@@ -93,6 +97,7 @@ def manifest_bytes(
         "versions": versions(),
         "command": shlex.join(command),
         "plan_digest": plan_digest,
+        **({} if verdict is None else {"verdict": verdict}),
     }
     lines = [f"{json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
     lines.append(f'"source": {{"path": {json.dumps(str(source["path"]))}, "files": {{')

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from shardtool.checkpoint.consistency import check_architecture
 from shardtool.checkpoint.opened import Header, Opened, account
@@ -29,6 +29,7 @@ from shardtool.layout.huggingface import huggingface_layout
 from shardtool.layout.layout import Key, Layout
 
 CONFIG = "config.json"
+Read = TypeVar("Read")
 COUNTED = re.compile(r"(num|n)_\w*(layer|expert|head|group)s?\w*|\w*_layers")
 MOST = 100_000  # layers, experts, heads: what is written out one by one
 # what travels with the weights: tokenizer, chat template, generation settings
@@ -95,13 +96,26 @@ def describe_huggingface(path: Path) -> Described:
     Raises UsageError for an unknown architecture or one that cannot be converted.
     """
     config = read_config(path)
-    try:
+
+    def read() -> tuple[Family, Architecture]:
         family = family_of(config)
-        architecture = family.read_config(config)
+        return family, family.read_config(config)
+
+    family, architecture = understood(read, path)
+    return _describe(path, config, family, architecture)
+
+
+def understood(read: Callable[[], Read], path: Path) -> Read:
+    """What `read` makes of the config.json of a directory; CheckpointError where that fails."""
+    try:
+        return read()
     except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise CheckpointError(
             "config.json cannot be understood", where=str(path / CONFIG), found=f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _describe(path: Path, config: Mapping[str, Any], family: Family, architecture: Architecture) -> Described:
     check_architecture(architecture, str(path / CONFIG))
     stored = dequantised(_stored(path, family), config, str(path))
     mtp = family.mtp_prefix.format(n=architecture.num_layers)
@@ -116,7 +130,15 @@ def open_huggingface(path: Path) -> HuggingFace:
     Raises UsageError for an unknown architecture or one that cannot be converted, CheckpointError where the tensors
     are not those of the model.
     """
-    said = describe_huggingface(path)
+    return _opened(path, describe_huggingface(path))
+
+
+def open_model(path: Path, config: Mapping[str, Any], family: Family, architecture: Architecture) -> HuggingFace:
+    """Open a directory whose config.json has been read already; raises CheckpointError as `open_huggingface`."""
+    return _opened(path, _describe(path, config, family, architecture))
+
+
+def _opened(path: Path, said: Described) -> HuggingFace:
     layout, found = said.layout(), said.headers()
     ignored = account(layout, found, str(path), said.family.ignored)
     headers = {key: found[key] for key, _ in layout.tensors()}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -96,7 +96,7 @@ def _order(piece: Piece, ids: tuple[int, ...]) -> tuple[int, tuple[int, ...], st
 
 
 def resolve_dtypes(plan: Plan, headers: Mapping[Key, Header], cast: str | None) -> dict[int, str]:
-    """The dtype of every target piece: `cast`, or that of its sources.
+    """The dtype of every target piece: `cast`, or that of its sources; that of most bytes where it has none (constants).
 
     Rules that keep their dtype are not cast. CheckpointError where sources of different dtypes meet in one tensor
     and no `cast` says what it shall be.
@@ -108,7 +108,7 @@ def resolve_dtypes(plan: Plan, headers: Mapping[Key, Header], cast: str | None) 
         found[id(copy.dst)] |= of_source[id(copy.src)]
         of_rule[copy.dst.rule] |= of_source[id(copy.src)]
     for piece in plan.dst.pieces:  # a shard of nothing but padding has its tensor's dtype
-        found[id(piece)] = found[id(piece)] or of_rule[piece.rule]
+        found[id(piece)] = found[id(piece)] or of_rule[piece.rule] or {_prevailing(headers.values())}
     if cast is not None:
         for piece in plan.dst.pieces:
             if not plan.dst.rules[piece.rule].keep_dtype:
@@ -124,3 +124,11 @@ def resolve_dtypes(plan: Plan, headers: Mapping[Key, Header], cast: str | None) 
             hint="choose the dtype with --dtype bf16, fp16 or fp32",
         )
     return {key: next(iter(dtypes)) for key, dtypes in found.items()}
+
+
+def _prevailing(headers: Iterable[Header]) -> str:
+    """The dtype of most bytes."""
+    sizes: Counter[str] = Counter()
+    for header in headers:
+        sizes[header.dtype] += header.nbytes
+    return sizes.most_common(1)[0][0]

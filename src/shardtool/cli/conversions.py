@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -91,12 +91,12 @@ def hf2megatron(
     )  # fmt: skip
     source = checkpoint(src)
     with interruptible(dst):
-        _ready(source, dst, overwrite)
+        ready(source, dst, overwrite)
         options = _options(
             parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad, allow_inexact
         )
         prepare = partial(convert.prepare_hf2megatron, source, options)
-        _execute(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests, allow_nan)
+        execute_prepared(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests, allow_nan)
 
 
 def megatron2hf(
@@ -110,10 +110,10 @@ def megatron2hf(
 
     source = checkpoint(src)
     with interruptible(dst):
-        _ready(source, dst, overwrite)
+        ready(source, dst, overwrite)
         size = bytes_of(max_shard_size, "--max-shard-size")
         prepare = partial(convert.prepare_megatron2hf, source, hf, dtype=dtype.value, max_shard_size=size)
-        _execute(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests, allow_nan)
+        execute_prepared(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests, allow_nan)
 
 
 def reshard(
@@ -136,10 +136,10 @@ def reshard(
     )  # fmt: skip
     source = checkpoint(src)
     with interruptible(dst):
-        _ready(source, dst, overwrite)
+        ready(source, dst, overwrite)
         options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
         prepare = partial(convert.prepare_reshard, source, options)
-        _execute(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests, allow_nan)
+        execute_prepared(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests, allow_nan)
 
 
 def plan_hf2megatron(
@@ -162,7 +162,7 @@ def plan_hf2megatron(
     )  # fmt: skip
     source = checkpoint(src)
     options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad, allow_inexact)
-    _explain(convert.prepare_hf2megatron(source, options), dst, overwrite)
+    explain_prepared(convert.prepare_hf2megatron(source, options), dst, overwrite)
 
 
 def plan_megatron2hf(
@@ -175,7 +175,9 @@ def plan_megatron2hf(
     from shardtool import convert  # noqa: PLC0415 - numpy and the engine are not needed for --help
 
     size = bytes_of(max_shard_size, "--max-shard-size")
-    _explain(convert.prepare_megatron2hf(checkpoint(src), hf, dtype=dtype.value, max_shard_size=size), dst, overwrite)
+    explain_prepared(
+        convert.prepare_megatron2hf(checkpoint(src), hf, dtype=dtype.value, max_shard_size=size), dst, overwrite
+    )
 
 
 def plan_reshard(
@@ -198,7 +200,7 @@ def plan_reshard(
     )  # fmt: skip
     source = checkpoint(src)
     options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
-    _explain(convert.prepare_reshard(source, options), dst, overwrite)
+    explain_prepared(convert.prepare_reshard(source, options), dst, overwrite)
 
 
 def _options(
@@ -228,7 +230,7 @@ def _options(
     )
 
 
-def _ready(src: Path, dst: Path, overwrite: bool) -> None:
+def ready(src: Path, dst: Path, overwrite: bool) -> None:
     """The target as it has to be before anything is read; what a crash has left there is put right."""
     from shardtool.execute.ranks import place  # noqa: PLC0415 - not needed for --help
 
@@ -237,7 +239,7 @@ def _ready(src: Path, dst: Path, overwrite: bool) -> None:
     check_destination(src, dst, overwrite=overwrite)
 
 
-def _execute(
+def execute_prepared(
     prepare: Callable[[], convert.Prepared],
     dst: Path,
     overwrite: bool,
@@ -246,6 +248,7 @@ def _execute(
     tensor_digests: bool,
     allow_nan: bool,
 ) -> None:
+    """Prepare and execute a conversion, in every process of a job; the first prints its summary."""
     from shardtool import convert  # noqa: PLC0415 - the engine is not needed for --help
     from shardtool.execute.ranks import Ranks  # noqa: PLC0415
 
@@ -265,6 +268,8 @@ def _execute(
 
 def _converted(prepared: convert.Prepared, dst: Path, processes: int, write: Callable[..., convert.Summary]) -> None:
     """Write, with progress, and print the result."""
+    for line in prepared.verdict.lines() if prepared.verdict else ():
+        console.say(line)
     total = sum(
         payload.nbytes for skeleton in prepared.target.skeletons.values() for payload in skeleton.payload.values()
     )
@@ -279,14 +284,20 @@ def _converted(prepared: convert.Prepared, dst: Path, processes: int, write: Cal
         f"{summary.dst}: {summary.tensors} tensors in {summary.files} files, {console.size(summary.bytes_read)} read, "
         f"{console.size(summary.bytes_written)} written in {summary.seconds:.1f} s ({console.size(rate)}/s), "
         f"peak memory {console.size(summary.peak_memory)}",
+        *(prepared.verdict.lines()[:1] if prepared.verdict else ()),
         *(f"note: {note}" for note in summary.notes),
     ]
-    if summary.direction != "megatron2hf":
+    if summary.direction not in ("megatron2hf", "translate"):
         lines.append(f"launch flags: shardtool args {dst}")
-    console.result(summary.as_dict(), lines)
+    console.result(summary.as_dict() | _verdict(prepared), lines)
 
 
-def _explain(prepared: convert.Prepared, dst: Path | None, overwrite: bool) -> None:
+def _verdict(prepared: convert.Prepared) -> dict[str, Any]:
+    return {} if prepared.verdict is None else {"verdict": prepared.verdict.as_dict()}
+
+
+def explain_prepared(prepared: convert.Prepared, dst: Path | None, overwrite: bool) -> None:
+    """Print what a conversion would do."""
     from shardtool.plan.explain import bytes_written, explain, summary  # noqa: PLC0415 - only the dry run needs it
 
     if dst is not None:
@@ -295,6 +306,7 @@ def _explain(prepared: convert.Prepared, dst: Path | None, overwrite: bool) -> N
     if not console.SETTINGS.json:
         written = bytes_written(prepared.plan, prepared.dtypes)
         lines = [
+            *(prepared.verdict.lines() if prepared.verdict else ()),
             *explain(prepared.plan, prepared.dtypes, written),
             "",
             f"{len(target.skeletons)} files, {console.size(written.total())} to write, {console.size(to_read)} to read",
@@ -312,14 +324,15 @@ def _explain(prepared: convert.Prepared, dst: Path | None, overwrite: bool) -> N
         "bytes_written": target.nbytes,
         "files": {name: skeleton.size for name, skeleton in target.skeletons.items()},
         "notes": list(prepared.notes),
+        **_verdict(prepared),
         "summary": summary(prepared.plan),
         "plan": prepared.plan.as_dict(),
     }
     console.result(data, ())
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
+def register(app: typer.Typer) -> typer.Typer:
+    """Add the commands; returns the group of `plan`."""
     app.command()(hf2megatron)
     app.command()(megatron2hf)
     app.command()(reshard)
@@ -328,3 +341,4 @@ def register(app: typer.Typer) -> None:
     dry.command("megatron2hf")(plan_megatron2hf)
     dry.command("reshard")(plan_reshard)
     app.add_typer(dry, name="plan")
+    return dry

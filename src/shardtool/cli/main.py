@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from shardtool import __version__
-from shardtool.cli import console, conversions, judging
+from shardtool.cli import console, conversions, judging, translating
 from shardtool.errors import Interrupted, ShardtoolError, UsageError
 
 INTERRUPTED = 130  # typer's exit code after a KeyboardInterrupt
@@ -21,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Convert, reshard and verify checkpoints between Hugging Face and Megatron-core.",
+    help="Convert, reshard, translate and verify checkpoints between Hugging Face and Megatron-core.",
 )
 
 
@@ -40,7 +40,7 @@ def main(
     console.SETTINGS.debug = debug
 
 
-conversions.register(app)
+translating.register(app, conversions.register(app))
 judging.register(app)
 
 

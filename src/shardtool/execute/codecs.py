@@ -5,18 +5,22 @@ A conversion with such tensors computes in fp32 (numpy) and rounds once, when th
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
 from math import prod
+from threading import Lock
 from typing import Any, NamedTuple
 
 from shardtool.errors import CheckpointError
 from shardtool.execute.numbers import numpy, numpy_dtype
-from shardtool.formats.stored import ITEMSIZE, BlockScaled, MicroScaled, Stored
-from shardtool.layout.codecs import Affine, Codec, NormalisedRows
+from shardtool.formats.stored import ITEMSIZE, BlockScaled, MicroScaled, Product, Stored
+from shardtool.layout.codecs import Affine, Centred, Codec, NormalisedRows
 
 ReadBytes = Callable[[str, int, int], memoryview]  # file, offset, size; valid until the next call
 
+BLOCK_ELEMENTS = 1 << 18  # of a matrix that is read as a whole for a few numbers
+KEPT_MEANS = 16
 MICRO_BLOCK = 32  # elements that share a scale in MXFP4
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -52,6 +56,8 @@ def read_values(values: Values, low: int, count: int, read: ReadBytes) -> Any:
     found = _stored_values(stored, start, stop - start, read)
     if values.change is not None:
         width = stored.shape[-1] if stored.shape else 1
+        if isinstance(values.change.decode, Centred) and values.change.decode.columns:
+            found = (found.reshape(-1, width) - _column_means(stored, read)).reshape(-1)
         found = apply(values.change, found, width, stored.dtype, values.scale_dtype)
     return found[low - start : low - start + count]
 
@@ -61,9 +67,9 @@ def _unit(values: Values) -> int:
     stored = values.stored
     if isinstance(stored.quantised, MicroScaled):
         return MICRO_BLOCK
-    needs_rows = values.change is not None and isinstance(values.change.decode, NormalisedRows)
+    needs_rows = values.change is not None and isinstance(values.change.decode, NormalisedRows | Centred)
     if needs_rows and stored.strides is not None:
-        raise CheckpointError("a tensor whose rows are normalised is not stored row by row", where=stored.file)
+        raise CheckpointError("a tensor whose rows are needed whole is not stored row by row", where=stored.file)
     return stored.shape[-1] if needs_rows or isinstance(stored.quantised, BlockScaled) else 1
 
 
@@ -75,8 +81,13 @@ def apply(change: Change, values: Any, width: int, dtype: str, scale_dtype: str 
     scale_dtype = scale_dtype or dtype
     if isinstance(change.decode, Affine):
         values = _affine(change.decode, values, scale_dtype, forward=not change.decode.inverse)
-    elif change.decode is not None:
+    elif isinstance(change.decode, NormalisedRows):
         values = _normalise(values, width, dtype)
+    elif (
+        change.decode is not None and not change.decode.columns
+    ):  # columns: `read_values`, with the whole tensor's means
+        rows = values.reshape(-1, width)
+        values = (rows - rows.mean(axis=1, keepdims=True, dtype=numpy().float64)).reshape(-1)
     if isinstance(change.encode, Affine):
         values = _affine(change.encode, values, scale_dtype, forward=change.encode.inverse)
     return values
@@ -110,6 +121,8 @@ def _stored_values(stored: Stored, low: int, count: int, read: ReadBytes) -> Any
         return _block_scaled(stored, stored.quantised, low, count, read)
     if isinstance(stored.quantised, MicroScaled):
         return _micro_scaled(stored, stored.quantised, low, count, read)
+    if isinstance(stored.quantised, Product):
+        return _product(stored.quantised, low, count, read)
     width = ITEMSIZE[stored.dtype]
     raw = np.frombuffer(
         read(stored.file, stored.offset + low * width, count * width), numpy_dtype(stored.dtype, values=True)
@@ -144,6 +157,45 @@ def _micro_scaled(stored: Stored, form: MicroScaled, low: int, count: int, read:
     data = np.frombuffer(read(stored.file, stored.offset + low // 2, count // 2), np.uint8)
     values = _e2m1_pairs()[data].reshape(blocks, MICRO_BLOCK)  # two elements per byte
     return np.ldexp(values, exponents[:, None]).astype(np.float32).reshape(-1)
+
+
+def _product(form: Product, low: int, count: int, read: ReadBytes) -> Any:
+    """Rows of a matrix times a vector, summed in fp64."""
+    np = numpy()
+    width = form.matrix.shape[-1]
+    vector = _stored_values(form.vector, 0, width, read).astype(np.float64)
+    found = np.zeros(count)
+    if form.bias is not None:
+        found += _stored_values(form.bias, low, count, read)
+    step = max(1, BLOCK_ELEMENTS // width)
+    for start in range(0, count, step):
+        rows = _stored_values(form.matrix, (low + start) * width, min(step, count - start) * width, read)
+        found[start : start + step] += rows.reshape(-1, width) @ vector
+    return found
+
+
+_MEANS: OrderedDict[Stored, Any] = OrderedDict()  # of the tensors that are being written
+_MEANS_LOCK = Lock()
+
+
+def _column_means(stored: Stored, read: ReadBytes) -> Any:
+    """The mean of every column of a matrix, in fp64: the tensor is read once more, in blocks of rows."""
+    with _MEANS_LOCK:
+        found = _MEANS.get(stored)
+    if found is None:
+        width, total = stored.shape[-1], prod(stored.shape)
+        step = max(1, BLOCK_ELEMENTS // width) * width
+        found = numpy().zeros(width)
+        for low in range(0, total, step):
+            found += (
+                _stored_values(stored, low, min(step, total - low), read).reshape(-1, width).sum(axis=0, dtype=float)
+            )
+        found /= total // width
+        with _MEANS_LOCK:
+            _MEANS[stored] = found
+            while len(_MEANS) > KEPT_MEANS:
+                _MEANS.popitem(last=False)
+    return found
 
 
 @cache

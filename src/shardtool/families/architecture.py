@@ -128,12 +128,14 @@ class Architecture:
     max_positions: int
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
+    norm_weights: bool = True  # the norms of OLMo 1 have neither weight nor bias; megatron-core has none such
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"] = "silu"
     gated: bool = True
     glu_offset: float = 0.0
     clamp: float | None = None
     qkv_bias: bool = False
     linear_bias: bool = False  # every linear of the layer has a bias: qkv, experts and router included
+    out_bias: bool = False  # the attention's output has a bias, the MLP none; megatron-core has no such layer
     qk_norm: bool = False  # per head, before rope
     qk_norm_whole: bool = False  # ... over all heads at once instead
     tied: bool = False

@@ -90,6 +90,7 @@ FAMILY = Family(
     derived=_derived,
     extra=lambda a: {"z_loss_weight": 0} if a.folded and a.folded.normalised_head else {},
     refuse=_refuse,
+    own_rope=True,
     ignored=standard.ROTARY_BUFFERS,
     caveats=_caveats,
 )

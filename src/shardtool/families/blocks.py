@@ -150,7 +150,7 @@ def attention(a: Architecture) -> list[Row]:
     if a.qkv_bias or a.linear_bias:
         table += [(("self_attn.q_proj.bias", "self_attn.k_proj.bias",
                     "self_attn.v_proj.bias"),                         QKV_BIAS, LINEAR_QKV + ".bias",   "g")]
-    if a.linear_bias:
+    if a.linear_bias or a.out_bias:
         table += [("self_attn.o_proj.bias",                           HIDDEN,   LINEAR_OUT + ".bias",   None)]
     if a.qk_norm:
         q, k = ("(g q d) -> (g q d)", "(g d) -> (g d)") if a.qk_norm_whole else (HEAD, HEAD)

@@ -99,5 +99,6 @@ FAMILY = Family(
     derived=_derived,
     extra=_extra,
     refuse=_refuse,
+    own_rope=True,
     ignored=(r"transformer\.rotary_pos_emb\.inv_freq",),
 )

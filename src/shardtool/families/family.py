@@ -41,7 +41,9 @@ class Family:
     why a config cannot be converted, or None. `ignored` are patterns of buffers in old files that carry no weights.
     `prefix` is the part of every tensor name that some files leave out; `mtp_prefix` what the names of multi-token-prediction
     layers begin with (`{n}` stands for the number of layers). `caveats` says where Megatron cannot compute
-    exactly the same.
+    exactly the same. `not_in_megatron` returns the reason why megatron-core cannot hold a model that the table can
+    (translation does not ask it). `own_rope` families have code of their own for rope, outside transformers, which
+    knows no scaling but what the table reads. `limit` says what changes beyond `max_positions`, or None.
     """
 
     model_type: str
@@ -56,10 +58,18 @@ class Family:
     prefix: str = ""
     mtp_prefix: str = "model.layers.{n}."
     caveats: Callable[[Architecture], tuple[str, ...]] = lambda _: ()
+    not_in_megatron: Callable[[Config], str | None] = lambda _: None
+    own_rope: bool = False
+    limit: Callable[[Config], str | None] = lambda _: None
 
-    def read_config(self, config: Config) -> Architecture:
-        """The architecture of a config.json; UsageError with the reason where Megatron or this family cannot hold it."""
+    def read_config(self, config: Config, *, megatron: bool = True) -> Architecture:
+        """The architecture of a config.json; UsageError with the reason where Megatron or this family cannot hold it.
+
+        Without `megatron` only the family is asked.
+        """
         reason = self.refuse(config) or _refuse_quantised(config)
+        if megatron:
+            reason = reason or self.not_in_megatron(config)
         if reason:
             raise UsageError(f"this {self.model_type} model cannot be converted: {reason}", where="config.json")
         values: dict[str, Any] = {}
@@ -86,21 +96,25 @@ class Family:
                 f"config.json: {heads} attention heads do not divide into {groups!r} query groups (num_key_value_heads)"
             )
         a = Architecture(family=self.model_type, **values)
-        if reason := _refuse_activation(a):
+        if megatron and (reason := _refuse_activation(a)):
             raise UsageError(f"this {self.model_type} model cannot be converted: {reason}", where="config.json")
         return a
 
     def write_config(self, a: Architecture, dtype: str) -> dict[str, Any]:
         """The config.json of an architecture; UsageError naming the fields where the family cannot express it."""
+        config = self.config(a, dtype)
+        if differences := self.lost(a, config):
+            raise UsageError(f"a {self.model_type} config.json cannot express this model", details=tuple(differences))
+        return config
+
+    def config(self, a: Architecture, dtype: str) -> dict[str, Any]:
+        """The config.json of an architecture as far as the family can say it; nothing is compared."""
         config: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
         config.update({item.key: item.write(getattr(a, item.name)) for item in self.table})
         config.update(self.extra(a))
         config["torch_dtype"] = dtype
         # Megatron does not know special tokens, and the class's own defaults would be wrong ones
-        config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-        if differences := self.lost(a, config):
-            raise UsageError(f"a {self.model_type} config.json cannot express this model", details=tuple(differences))
-        return config
+        return config | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
     def lost(self, a: Architecture, config: Config) -> list[str]:
         """The fields of an architecture that do not survive config.json."""

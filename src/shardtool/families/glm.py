@@ -57,7 +57,9 @@ FAMILY = Family(
     _rules,
     fixed={"norm": "rms", "gated": True},
     derived=_derived,
-    extra=lambda a: standard.extra(a) | {"attention_bias": a.qkv_bias},
+    extra=lambda a: standard.extra(a) | {
+        "attention_bias": a.qkv_bias, "partial_rotary_factor": a.rope.fraction if a.rope else 0.5,
+    },
     refuse=lambda config: rope_refusal(config, partial=True),
     ignored=standard.ROTARY_BUFFERS,
 )  # fmt: skip

@@ -41,7 +41,8 @@ EXPERTS: list[Row] = [
 # fmt: on
 
 
-def _rules(a: Architecture) -> tuple[Rule, ...]:
+def rules(a: Architecture) -> tuple[Rule, ...]:
+    """Llama's names, with the factors as codecs."""
     folded = a.folded or Folded()
     names = ("model.embed_tokens.weight", "lm_head.weight")
     ends = scaled_embedding(*names, folded) if folded.embedding != 1 else embedding(*names, tied=a.tied)
@@ -95,16 +96,17 @@ def _refuse(config: Config) -> str | None:
     return rope_refusal(config)
 
 
-def _caveats(a: Architecture) -> tuple[str, ...]:
+def caveats(a: Architecture) -> tuple[str, ...]:
+    """What the factors mean for a checkpoint in Megatron."""
     if a.folded is None:
         return ()
     notes = [
-        "the weights contain Granite's embedding, residual and logits factors, each product rounded once: in bf16 and "
+        "the weights contain the model's embedding, residual and logits factors, each product rounded once: in bf16 and "
         "fp16 they come back within one rounding (factors that are powers of two, and everything by way of "
         "--dtype fp32, bit-identical); compare such a checkpoint with `verify --dtype native`"
     ]
     if a.folded.tied:
-        notes.append("embedding and head, one tensor in Granite, are two in Megatron: training moves them apart")
+        notes.append("embedding and head, one tensor in Hugging Face, are two in Megatron: training moves them apart")
     return tuple(notes)
 
 
@@ -114,13 +116,13 @@ GRANITE = Family(
     "granite",
     "GraniteForCausalLM",
     TABLE,
-    _rules,
+    rules,
     fixed={"norm": "rms", "gated": True},
     derived=_derived,
     extra=_extra,
     refuse=_refuse,
     ignored=standard.ROTARY_BUFFERS,
-    caveats=_caveats,
+    caveats=caveats,
 )
 
 
@@ -150,11 +152,11 @@ GRANITE_MOE = Family(
     "granitemoe",
     "GraniteMoeForCausalLM",
     TABLE,
-    _rules,
+    rules,
     fixed={"norm": "rms", "gated": True},
     derived=_derived_moe,
     extra=_extra_moe,
     refuse=_refuse,
     ignored=standard.ROTARY_BUFFERS,
-    caveats=_caveats,
+    caveats=caveats,
 )

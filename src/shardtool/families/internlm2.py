@@ -53,13 +53,19 @@ def _without_dynamic(config: Config) -> Config:
 
 
 def _derived(config: Config, values: dict[str, Any]) -> dict[str, Any]:
-    return standard.derived()(_without_dynamic(config), values)
+    # its code has no head_dim of its own
+    return standard.derived()({**_without_dynamic(config), "head_dim": None}, values)
 
 
 def _refuse(config: Config) -> str | None:
     if config.get("bias"):
         return "bias puts biases on wqkv and wo but not on the MLP; megatron-core cannot"
     return rope_refusal(_without_dynamic(config))
+
+
+def _limit(config: Config) -> str | None:
+    dynamic = config.get("rope_scaling") != _without_dynamic(config).get("rope_scaling")
+    return "dynamic NTK sets in beyond max_position_embeddings" if dynamic else None
 
 
 FAMILY = Family(
@@ -71,5 +77,7 @@ FAMILY = Family(
     derived=_derived,
     extra=lambda a: standard.extra(a) | {"bias": False},
     refuse=_refuse,
+    own_rope=True,
+    limit=_limit,
     ignored=(r"model\.layers\.\d+\.attention\.rotary_emb\.inv_freq",),
 )

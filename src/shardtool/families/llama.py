@@ -12,17 +12,27 @@ from shardtool.families.rope import rope_refusal
 
 
 def _derived(config: Config, values: dict[str, Any]) -> dict[str, Any]:
-    return standard.derived()(config, values) | {"linear_bias": bool(config.get("attention_bias"))}
+    attention, everywhere = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    partly = attention and not everywhere
+    return standard.derived()(config, values) | {"linear_bias": everywhere, "qkv_bias": partly, "out_bias": partly}
 
 
 def _extra(a: Architecture) -> dict[str, Any]:
-    return standard.extra(a) | {"attention_bias": a.linear_bias, "mlp_bias": a.linear_bias}
+    return standard.extra(a) | {
+        "attention_bias": a.linear_bias or a.qkv_bias or a.out_bias, "mlp_bias": a.linear_bias,
+    }  # fmt: skip
 
 
 def _refuse(config: Config) -> str | None:
-    if bool(config.get("attention_bias")) != bool(config.get("mlp_bias")):
+    if config.get("mlp_bias") and not config.get("attention_bias"):
         return "attention_bias and mlp_bias differ; megatron-core has biases on all linears, or on qkv alone"
     return rope_refusal(config)
+
+
+def _not_in_megatron(config: Config) -> str | None:
+    if config.get("attention_bias") and not config.get("mlp_bias"):
+        return "attention_bias and mlp_bias differ; megatron-core has biases on all linears, or on qkv alone"
+    return None
 
 
 FAMILY = Family(
@@ -35,4 +45,5 @@ FAMILY = Family(
     extra=_extra,
     refuse=_refuse,
     ignored=standard.ROTARY_BUFFERS,
+    not_in_megatron=_not_in_megatron,
 )

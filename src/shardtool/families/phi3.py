@@ -1,4 +1,5 @@
-"""Phi-3 and Phi-4 (14B): Llama with q, k, v stacked in one tensor and gate and up in another."""
+"""Phi-3 and Phi-4: Llama with q, k, v stacked in one tensor and gate and up in another; Phi-4-mini rotates a part of
+each head."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def _rules(a: Architecture) -> tuple[Rule, ...]:
 
 
 def _derived(config: Config, values: dict[str, Any]) -> dict[str, Any]:
-    return standard.derived()(config, values) | {"window": config.get("sliding_window")}
+    return standard.derived(fraction=1.0)(config, values) | {"window": config.get("sliding_window")}
 
 
 def _extra(a: Architecture) -> dict[str, Any]:
@@ -65,6 +66,6 @@ FAMILY = Family(
     fixed={"norm": "rms", "gated": True},
     derived=_derived,
     extra=_extra,
-    refuse=rope_refusal,
+    refuse=lambda config: rope_refusal(config, partial=True),
     ignored=standard.ROTARY_BUFFERS,
 )

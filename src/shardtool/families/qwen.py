@@ -75,6 +75,12 @@ def _refuse(config: Config) -> str | None:
     return None
 
 
+def _limit(config: Config) -> str | None:
+    own = {"use_logn_attn": "log-n attention", "use_dynamic_ntk": "dynamic NTK"}
+    used = [text for key, text in own.items() if config.get(key, True)]
+    return f"{' and '.join(used)} set in beyond seq_length" if used else None
+
+
 FAMILY = Family(
     "qwen",
     "QWenLMHeadModel",
@@ -84,5 +90,7 @@ FAMILY = Family(
     derived=_derived,
     extra=lambda a: {"rotary_emb_base": a.rope.theta if a.rope else 10000.0, "rotary_pct": 1.0, "no_bias": True},
     refuse=_refuse,
+    own_rope=True,
+    limit=_limit,
     ignored=(r"transformer\.rotary_emb\.inv_freq", r"transformer\.h\.\d+\.attn\.(masked_bias|logn_tensor)"),
 )

@@ -28,7 +28,7 @@ REFUSED = {
     "gemma3_text": f"{_POST_NORMS}; local and global layers have rope of two bases",
     "gemma3n": f"{_POST_NORMS}; layers have embeddings of their own",
     "gemma3n_text": f"{_POST_NORMS}; layers have embeddings of their own",
-    "olmo": "its norms have no weights, megatron-core's have",
+    "minicpm3": "its latent attention has norms of another width inside, and factors",
     "olmo2": f"{_POST_NORMS}; {_WIDE_QK}",
     "olmo3": f"{_POST_NORMS}; {_WIDE_QK}",
     "glm4": _POST_NORMS,

@@ -19,13 +19,16 @@ from shardtool.families import (
     gpt_neox,
     gpt_oss,
     granite,
+    internlm,
     internlm2,
     llama,
     llama_like,
     mimo,
+    minicpm,
     mistral,
     mixtral,
     nemotron,
+    olmo,
     olmoe,
     opt,
     phi3,
@@ -79,6 +82,9 @@ FAMILIES: dict[str, Family] = {
         granite.GRANITE_MOE,
         opt.FAMILY,
         gpt_neox.FAMILY,
+        minicpm.FAMILY,
+        olmo.FAMILY,
+        internlm.FAMILY,
     )
 }
 

@@ -42,11 +42,20 @@ class MicroScaled:
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """A vector that is stored nowhere: matrix @ vector + bias (a norm's bias on its way through the next linear)."""
+
+    matrix: Stored
+    vector: Stored
+    bias: Stored | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
     """One tensor's payload: `shape` elements of `dtype` from byte `offset` of `file` (a path that can be opened).
 
     `strides` are in elements; None means row-major and contiguous. A `quantised` tensor's payload is in another form;
-    `dtype` is what its values are rounded to when nothing else is asked for.
+    `dtype` is what its values are rounded to when nothing else is asked for. So is a tensor that is computed.
     """
 
     file: str
@@ -54,7 +63,7 @@ class Stored:
     shape: tuple[int, ...]
     dtype: str
     strides: tuple[int, ...] | None = None
-    quantised: BlockScaled | MicroScaled | None = None
+    quantised: BlockScaled | MicroScaled | Product | None = None
 
     @property
     def nbytes(self) -> int:

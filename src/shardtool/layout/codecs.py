@@ -34,7 +34,17 @@ class NormalisedRows:
     """
 
 
-Codec: TypeAlias = Affine | NormalisedRows
+@dataclass(frozen=True, slots=True)
+class Centred:
+    """value = stored - (the mean of its row, or of its column); stored = value, whose means are 0.
+
+    What a LayerNorm reads may be shifted by a constant: with every contribution centred, RMSNorm computes the same.
+    """
+
+    columns: bool = False
+
+
+Codec: TypeAlias = Affine | NormalisedRows | Centred
 
 CENTRED = Affine(shift=1.0)  # norms stored as gamma - 1
 
@@ -45,6 +55,8 @@ def describe(codec: Codec | None) -> str:
         return "stored as it is"
     if isinstance(codec, NormalisedRows):
         return "rows normalised"
+    if isinstance(codec, Centred):
+        return f"value = stored - the mean of its {'column' if codec.columns else 'row'}"
     product = f"{'value' if codec.inverse else 'stored'} * {codec.scale!r} + {codec.shift!r}"
     rounded = ", the factor rounded to the dtype" if codec.rounded else ""
     return f"{'stored' if codec.inverse else 'value'} = {product}{rounded}"

@@ -41,7 +41,7 @@ class Tensor:
     @property
     def components(self) -> int:
         """The number of components that it holds."""
-        return prod(_choices(dim) for dim in self.dims)
+        return prod(choices(dim) for dim in self.dims)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Its shape, given the size of each axis."""
@@ -151,8 +151,9 @@ def product_size(product: Product, sizes: Mapping[str, int]) -> int:
 
 
 @cache
-def _choices(product: Product) -> int:
-    return prod(sum(_choices(term) for term in factor.terms) for factor in product if isinstance(factor, Sum))
+def choices(product: Product) -> int:
+    """The number of choices of one term per sum in a product."""
+    return prod(sum(choices(term) for term in factor.terms) for factor in product if isinstance(factor, Sum))
 
 
 def _paths(product: Product) -> Iterator[tuple[str, ...]]:
@@ -182,7 +183,7 @@ def view(tensor: Tensor, component: int, sizes: Mapping[str, int]) -> tuple[DimV
     """Where component number `component` of a tensor lies, per dim, when axes have these sizes."""
     views = []
     remaining = component
-    counts = [_choices(dim) for dim in tensor.dims]
+    counts = [choices(dim) for dim in tensor.dims]
     for position, dim in enumerate(tensor.dims):
         later = prod(counts[position + 1 :])
         choice, remaining = divmod(remaining, later)
@@ -201,16 +202,16 @@ def _view_product(product: Product, choice: int, sizes: Mapping[str, int]) -> tu
             size *= sizes[factor]
             continue
         # choices are numbered with the leftmost sum as the most significant digit
-        digits = sum(_choices(term) for term in factor.terms)
+        digits = sum(choices(term) for term in factor.terms)
         choice, digit = divmod(choice, digits)
         start = 0
         for term in factor.terms:
-            if digit < _choices(term):
+            if digit < choices(term):
                 inner_offset, inner_strides, _ = _view_product(term, digit, sizes)
                 offset += (start + inner_offset) * size
                 strides += [(axis, stride * size) for axis, stride in inner_strides]
                 break
-            digit -= _choices(term)
+            digit -= choices(term)
             start += product_size(term, sizes)
         size *= sum(product_size(term, sizes) for term in factor.terms)
     return offset, strides, size

@@ -20,7 +20,9 @@ def huggingface_layout(
     for number, rule in enumerate(rules):
         for tensor, name in enumerate(rule.hf):
             dims = rule.equation.left[tensor].without(named_axes(name))
-            pieces.append(Piece(number, tensor, dims, name, names=_names(rule, name, sizes), codec=rule.codec(tensor)))
+            constant = rule.constants[tensor] if rule.constants else None
+            names = _names(rule, name, sizes)
+            pieces.append(Piece(number, tensor, dims, name, names=names, codec=rule.codec(tensor), constant=constant))
         for copy in (*rule.aliases, *rule.copies):
             names = _names(rule, copy, sizes)
             piece = Piece(number, 0, rule.equation.left[0], copy, names=names, replica=True, codec=rule.codec(0))

@@ -38,7 +38,8 @@ class Piece:
     `part` entries are numbers, or the name of a name axis whose id stands there. `replica` pieces hold what another
     piece of the layout holds: written like it, compared with it on reading. `codec` says how the stored elements stand
     for the components' values; None: they are the values. `first` is the number of its first component in the tensor of
-    the equation, where it holds only some.
+    the equation, where it holds only some. A `constant` piece holds that number in every element and no component:
+    written so in a target, checked in a source.
     """
 
     rule: int
@@ -53,6 +54,7 @@ class Piece:
     replica: bool = False
     codec: Codec | None = None
     first: int = 0
+    constant: float | None = None
 
     @property
     def instances(self) -> int:

@@ -37,7 +37,8 @@ class Rule:
     as they are). `dist_parts` are the keys' endings in torch_dist where megatron-core keeps each term of the first dim's
     sum as a tensor of its own. `mtp_start` is the number of the first multi-token-prediction layer in the Hugging Face
     names. `derived` are further Megatron tensors with the same components behind a codec, (key, codec): written
-    like the first, compared with it on reading.
+    like the first, compared with it on reading. `constants` has a number for each Hugging Face tensor that is that
+    number everywhere and holds no component (empty: none is).
     """
 
     hf: tuple[str, ...]
@@ -55,6 +56,7 @@ class Rule:
     derived: tuple[tuple[str, Codec | None], ...] = ()
     dist_parts: tuple[str, ...] = ()
     mtp_start: int = 0
+    constants: tuple[float | None, ...] = ()
 
     @property
     def gamma(self) -> bool:

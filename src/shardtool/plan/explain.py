@@ -31,11 +31,22 @@ def explain(
     lines = _header(plan, written_bytes)
     for number in written:
         held = written[number]
-        sides = [side.strip() for side in plan.dst.rules[number].equation.text.split("->")]
+        ours, theirs = (
+            layout.rules[number].equation.text.split("->")[layout.side].strip() for layout in (plan.src, plan.dst)
+        )
+        if not copies[number]:
+            filled = ", ".join(dict.fromkeys(f"{piece.constant:g}" for piece in held if piece.constant is not None))
+            lines += [
+                "",
+                f"{_names(held)}",
+                f"  write    {_tensors(plan.dst, held, dtypes)}",
+                f"  values   {filled} everywhere",
+            ]
+            continue
         lines += [
             "",
             f"{_names(read[number])} -> {_names(held)}",
-            f"  layout   {sides[plan.src.side]} -> {sides[plan.dst.side]}",
+            f"  layout   {ours} -> {theirs}",
             f"  sizes    {_sizes(plan, held)}",
             f"  read     {_tensors(plan.src, read[number])}",
             f"  write    {_tensors(plan.dst, held, dtypes)}",

@@ -156,6 +156,7 @@ class Plan:
             "pad": self.pad,
             "fills": region,
             "cuts": cut,
+            **_constants(self),
         }
 
     def digest(self) -> str:
@@ -165,6 +166,16 @@ class Plan:
     @cached_property
     def _digest(self) -> str:
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def _constants(plan: Plan) -> dict[str, Any]:
+    """The tensors that hold one number, on either side, where there are some."""
+    sides = {"from": plan.src, "to": plan.dst}
+    found = {
+        name: [[p.name, list(layout.shape(p)), p.constant] for p in layout.pieces if p.constant is not None]
+        for name, layout in sides.items()
+    }
+    return {"constants": found} if any(found.values()) else {}
 
 
 def _codecs(copy: Copy) -> dict[str, str]:
@@ -178,8 +189,8 @@ def plan(src: Layout, dst: Layout, *, pad: str = "zeros") -> Plan:
     """The copies that turn a checkpoint in layout `src` into one in layout `dst`.
 
     Every element of every piece of `dst` is written exactly once (replicas included), every element of the primary
-    pieces of `src` is read; CheckpointError names what is not. `pad` is "zeros", "last" (repeat the last row) or
-    "mean" (the mean row) for rows of the padded vocabulary.
+    pieces of `src` is read; CheckpointError names what is not. Constant pieces are no part of either. `pad` is "zeros",
+    "last" (repeat the last row) or "mean" (the mean row) for rows of the padded vocabulary.
     """
     sources = _views_by_rule(src, [piece for piece in src.pieces if not piece.replica])
     copies = _copies(sources, _views_by_rule(dst, dst.pieces))
@@ -276,6 +287,8 @@ def _views_by_rule(layout: Layout, pieces: Iterable[Piece]) -> dict[int, list[_V
     """Every component of every piece, by rule."""
     found: dict[int, list[_View]] = defaultdict(list)
     for piece in pieces:
+        if piece.constant is not None:
+            continue
         ids = {name.axis: name.ids for name in piece.names}
         for local, component in enumerate(_components(layout, piece)):
             found[piece.rule].append(_View(component, piece, _geometry(layout, piece, local), ids))
@@ -424,6 +437,8 @@ def _check_written(made: Plan) -> None:
         written[id(fill.piece)].append((tuple(name.ids for name in fill.piece.names), fill.volume))
     problems = []
     for piece in made.dst.pieces:
+        if piece.constant is not None:
+            continue
         numel = prod(made.dst.shape(piece))
         parts = written[id(piece)]
         whole = tuple(name.ids for name in piece.names)
@@ -452,7 +467,7 @@ def _check_read(made: Plan) -> None:
         dropped[id(cut.piece)] += cut.volume
     problems = []
     for piece in made.src.pieces:
-        if piece.replica:
+        if piece.replica or piece.constant is not None:
             continue
         numel = prod(made.src.shape(piece)) * piece.instances - dropped[id(piece)]
         if read[id(piece)] != numel:

@@ -1,0 +1,51 @@
+"""Tensors that are one number: what fills them in a target, and the check that a source's are that number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+from shardtool.checkpoint.opened import Opened, fold
+from shardtool.checkpoint.target import Target
+from shardtool.execute.codecs import Values, read_values
+from shardtool.execute.numbers import numpy, numpy_dtype
+from shardtool.execute.tiles import Workspace
+from shardtool.formats.stored import Stored
+from shardtool.layout.layout import Key
+from shardtool.plan.plan import Plan
+
+STEP = 1 << 18  # elements that are looked at together
+
+
+def constant_fills(plan: Plan, target: Target) -> dict[Key, bytes]:
+    """The bytes of one element of every constant tensor to be written that is not zero."""
+    found = {}
+    for piece in plan.dst.pieces:
+        if piece.constant:
+            for _, key in piece.keyed():
+                kind = numpy_dtype(target.payload(key)[1].dtype, values=True)
+                found[key] = numpy().asarray(piece.constant).astype(kind).tobytes()
+    return found
+
+
+def broken_constants(source: Opened) -> list[str]:
+    """The tensors of a source that ought to be one number and are not, a line each, folded over layers."""
+    lines = []
+    space = Workspace()
+    try:
+        for piece in source.layout.pieces:
+            if piece.constant is not None:
+                for _, key in piece.keyed():
+                    stored = source.locate(key)
+                    if any((part != piece.constant).any() for part in _elements(space, stored)):
+                        lines.append(f"{key[1]} is not {piece.constant:g} everywhere")
+    finally:
+        space.close()
+    return fold(lines)
+
+
+def _elements(space: Workspace, stored: Stored) -> Iterator[Any]:
+    total = prod(stored.shape)
+    for low in range(0, total, STEP):
+        yield read_values(Values(stored, None), low, min(STEP, total - low), space.read)
