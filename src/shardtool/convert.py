@@ -257,7 +257,7 @@ NOT_IN_TENSORS = (
 
 def _carry_run(args: dict[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
     """The args of the source run, with those that the new layout decides replaced. Only plain data is carried."""
-    plain = {name: value for name, value in run.items() if _is_plain(value)}
+    plain = {name: value for name, value in run.items() if name != "rank" and _is_plain(value)}  # each file has its own
     kept = {name: value for name, value in args.items() if name in plain or name not in NOT_IN_TENSORS}
     progress = ("consumed_train_samples", "consumed_valid_samples", "seq_length", "moe_router_load_balancing_type")
     kept = {name: plain.get(name, value) if name in progress else value for name, value in kept.items()}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from commands import done
+from shardtool.manifest import MANIFEST
 
 FAMILIES = (
     "llama", "llama_tied", "llama3", "llama_linear", "mistral", "mistral_nemo", "qwen2", "qwen2_tied", "qwen3",
@@ -109,7 +110,12 @@ def test_there_and_back(
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    """The files' contents; the manifest says where they come from, which is not the same."""
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
 
 
 def resharded(source: Path, out: Path, cell: tuple[str, str, tuple[int, int]]) -> Path:

@@ -16,6 +16,10 @@ import killed
 from commands import command, done
 from shardtool import convert
 from shardtool.execute import tiles
+from shardtool.families.blocks import axis_sizes
+from shardtool.families.registry import family_of
+from shardtool.formats import safetensors_files
+from shardtool.layout.huggingface import huggingface_layout
 from shardtool.layout.mesh import Mesh
 
 
@@ -158,19 +162,15 @@ def test_too_little_disk(tmp_path: Path) -> None:
     """A model that no disk holds, of which only the header is there: one error with both numbers, and no trace."""
     source = tmp_path / "source"
     source.mkdir()
-    rows = 1 << 31
-    config = {**killed.CONFIG, "vocab_size": rows, "num_hidden_layers": 0, "tie_word_embeddings": True}
+    config = {**killed.CONFIG, "vocab_size": 1 << 31, "num_hidden_layers": 1, "tie_word_embeddings": True}
     (source / "config.json").write_text(json.dumps(config))
-    sizes = {"model.embed_tokens.weight": (rows, 512), "model.norm.weight": (512,)}
-    header, at = {}, 0
-    for name, shape in sizes.items():
-        size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
-        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
+    family = family_of(config)
+    a = family.read_config(config)
+    layout = huggingface_layout(family.rules(a), axis_sizes(a))
+    skeleton = safetensors_files.skeleton([(key[1], layout.shape(piece), "float16") for key, piece in layout.tensors()])
     with (source / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + at)
+        file.write(skeleton.parts[0][1])
+        file.truncate(skeleton.size)
     result = command("hf2megatron", source, tmp_path / "dst", "-q")
     assert result.code == 2
     assert "not enough disk space" in result.err

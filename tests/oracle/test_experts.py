@@ -26,6 +26,7 @@ from faults import contents, edit_args, edit_tensors
 from shardtool import tiny
 from shardtool.checkpoint.megatron import read_megatron
 from shardtool.layout.mesh import Mesh, chunks, virtual_stages
+from shardtool.manifest import MANIFEST
 from shardtool.verify import MegatronSide, PromptSet, get_pool, run_side
 from shardtool.verify.huggingface import load
 
@@ -276,7 +277,11 @@ def layers_in(stage: str) -> int:
 
 
 def files(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file() and path.name != MANIFEST
+    }
 
 
 def tensors(root: Path) -> dict[tuple[str, str, str], torch.Tensor | None]:
