@@ -38,7 +38,8 @@ def read_small(path: str | Path, limit: int) -> bytes:
     descriptor = open_file(path)
     with os.fdopen(descriptor, "rb") as file:
         try:
-            data = file.read(limit + 1)
+            # no more than there is: read(n) allocates n bytes before it looks
+            data = file.read(min(limit, os.fstat(descriptor).st_size) + 1)
         except OSError as error:
             raise CheckpointError("a file cannot be read", where=str(path), found=error.strerror) from None
     if len(data) > limit:
