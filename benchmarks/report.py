@@ -161,6 +161,8 @@ def plot(rows: list[Row], path: Path) -> None:
 def main(results: str, readme: str, picture: str) -> None:
     """Put the tables behind the mark in the README."""
     rows = [json.loads(line) for line in Path(results).read_text().splitlines()]
+    if any(row["kind"] == "time" for row in rows):
+        plot(rows, Path(picture))
     page = Path(readme)
     head = page.read_text().split(MARK)[0]
     machines = sorted({f"{row['machine']}, commit {row['commit']}" for row in rows})
@@ -171,8 +173,9 @@ def main(results: str, readme: str, picture: str) -> None:
     ):  # fmt: skip
         made = part(rows)
         lines += [f"## {title}", "", *made] if len(made) > 3 else []
+    if Path(picture).exists():
+        lines += [f"![times]({Path(picture).name})", ""]
     page.write_text(head + MARK + "\n\n" + "\n".join(lines))
-    plot(rows, Path(picture))
 
 
 if __name__ == "__main__":

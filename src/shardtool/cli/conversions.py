@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from shardtool.layout.mesh import Mesh
 
 DIVISIBLE_BY = 128
+THREAD_STACK = 1 << 20  # bytes; the system's 8 MiB for each of our threads count where data is limited (RLIMIT_DATA)
 
 
 def hf2megatron(
@@ -254,6 +256,7 @@ def execute_prepared(
 
     if no_checksums and tensor_digests:
         raise UsageError("--no-checksums and --tensor-digests exclude each other", hint="leave one of them out")
+    threading.stack_size(THREAD_STACK)
     with Ranks() as ranks:
         prepared = prepare()
         write = partial(
