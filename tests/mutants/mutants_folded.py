@@ -28,7 +28,7 @@ BIAS = "decoder.layers.1.mlp.experts.linear_fc1.bias"
 MUTANTS = tuple(Mutant(name, family, model, plant, **more) for name, family, model, plant, more in [
     ("Gemma: gamma without the one", "folded", "gemma", in_args(apply_layernorm_1p=False), {"diff": "off_by_one", "seen": "gamma without +1"}),
     ("Nemotron: gamma without the one", "folded", "nemotron", in_args(apply_layernorm_1p=False), {"diff": "off_by_one"}),
-    ("Gemma: the embedding's factor forgotten", "folded", "gemma", in_tensors("word_embeddings.weight", lambda value: value / math.sqrt(96)), {"diff": "scaled"}),
+    ("Gemma: the embedding's factor forgotten", "folded", "gemma", in_tensors("word_embeddings.weight", lambda value: value / math.sqrt(96)), {}),
     ("Gemma: gelu by erf", "folded", "gemma", in_args(hf_hidden_act="gelu"), {"seen": "MB 7d3e03f75"}),
     ("Nemotron: gelu for squared relu", "folded", "nemotron", in_args(squared_relu=False), {}),
     ("Granite: the residual factor forgotten", "folded", "granite", in_tensors("linear_fc2.weight", lambda value: value / 0.22), {"diff": "scaled"}),
