@@ -13,7 +13,8 @@ from shardtool.checkpoint.constants import broken_constants
 from shardtool.checkpoint.huggingface import config_bytes, huggingface_target, open_model, read_config, understood
 from shardtool.checkpoint.opened import Opened
 from shardtool.checkpoint.target import resolve_dtypes, target_tensors
-from shardtool.convert import DTYPES, Prepared
+from shardtool.conversion import Prepared
+from shardtool.convert import DTYPES
 from shardtool.errors import UsageError
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import LINEAR_OUT, LINEAR_QKV, OUTPUT, axis_sizes
