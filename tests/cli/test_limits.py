@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shardtool.execute.memory import Memory, anonymous_memory
+from shardtool.execute.memory import Memory
 from shardtool.families.blocks import axis_sizes
 from shardtool.families.registry import family_of
 from shardtool.formats import safetensors_files
