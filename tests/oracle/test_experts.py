@@ -148,6 +148,22 @@ def test_more_tensor_parallel_ranks_than_query_groups(
         get_pool(tp).close()
 
 
+def test_a_worker_that_changes_its_groups_keeps_no_old_ones(tiny_model: TinyModel, converted: Converted) -> None:
+    """Each set of groups has a few dozen threads, which would go on polling."""
+    model, prompts = tiny_model("mixtral"), PromptSet(((1, 2, 3),))
+    sides = []
+    for mesh in (Mesh(tp=2), Mesh(tp=2, ep=2, etp=1)):
+        opened = read_megatron(converted(model, mesh))
+        sides.append(MegatronSide(opened.path, opened.architecture, opened.mesh))
+    counts = []
+    for _ in range(3):
+        for side in sides:
+            run_side(side, prompts)
+        status = Path(f"/proc/{get_pool(2)._processes[0].pid}/status").read_text()
+        counts.append(int(status.split("Threads:")[1].split()[0]))
+    assert counts[-1] <= counts[0] + 2
+
+
 def test_expert_shards_that_no_tensor_parallel_group_has(
     tiny_model: TinyModel, converted: Converted, record_property: Record
 ) -> None:

@@ -126,6 +126,10 @@ def _groups(tp: int, etp: int) -> None:
         if parallel_state.get_expert_tensor_parallel_world_size() == etp:
             return
         parallel_state.destroy_model_parallel()
+        # it forgets its groups and leaves their threads running, a few dozen each time
+        for group in list(torch.distributed.distributed_c10d._world.pg_map):
+            if group is not torch.distributed.group.WORLD:
+                torch.distributed.destroy_process_group(group)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp, expert_tensor_parallel_size=etp, create_gloo_process_groups=False
     )
