@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from shardtool import tiny
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
-NAMES = sorted(file.stem for file in CONFIGS.glob("*.json"))
+# some models come with code of their own; transformers has no class for them
+NAMES = sorted(
+    file.stem for file in CONFIGS.glob("*.json") if json.loads(file.read_text())["model_type"] in CONFIG_MAPPING
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -35,7 +38,7 @@ def test_every_config_builds(name, tiny_model):
 
     tensors = load_file(folder / "model.safetensors")
     tied = asked.get("tie_word_embeddings", asked["model_type"] == "gpt2")
-    assert ("lm_head.weight" in tensors) is not tied
+    assert bool({"lm_head.weight", "embed_out.weight"} & tensors.keys()) is not tied
     logits = AutoModelForCausalLM.from_pretrained(folder)(torch.arange(1, 17)[None]).logits
     assert logits.shape == (1, 16, 120)
     assert logits.isfinite().all()
