@@ -124,6 +124,9 @@ def time_rounds(options: argparse.Namespace) -> None:
         commands = {name: command for name, command in commands.items() if name in options.only}
     source = base / "hf" if options.direction == "hf2megatron" else base / options.format
     need = int(options.gb * 1.1e9) + (1 << 28)
+    for held in ("hf", *FORMATS):
+        if base / held != source:
+            measure.cool(base / held)
     for number in range(options.rounds):
         measure.warm(source)
         turned = list(commands)[number % len(commands) :] + list(commands)[: number % len(commands)]

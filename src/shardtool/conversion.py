@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,8 +106,8 @@ def execute(
     changes meanwhile. Interrupted after Ctrl-C. Without `durable` nothing waits for the device, and a run that is cut
     off starts over. `checksums` and `tensor_digests` (of each target tensor) go into the manifest; `say` gets a line
     for people where an earlier run is continued, or is not.
-    Values that change on the way are looked at before: CheckpointError where some are no numbers or do not fit the new
-    dtype, with `allow_nan` a note.
+    Values are looked at as they pass, without `checksums` only those that change on the way: CheckpointError where some
+    are no numbers or do not fit the new dtype, with `allow_nan` a note.
     """
     started = time.monotonic()
     source = prepared.source
@@ -118,20 +119,19 @@ def execute(
     digest = prepared.plan.digest()
     spans = tensor_spans(prepared.target) if tensor_digests else {} if checksums else None
     made_of = [versions(), prepared.direction, digest, prepared.target.digest(), identity.key(), prepared.subdirectory]
-    key = sha256(json.dumps([*made_of, checksums, tensor_digests]).encode())
+    key = sha256(json.dumps([*made_of, checksums, tensor_digests, allow_nan]).encode())
     if progress is not None:
         ranks.on_progress = lambda count: progress(count, "other ranks")
     notes, kept = prepared.notes, 0
-    write = partial(_write, prepared, ranks=ranks, jobs=jobs, progress=progress, durable=durable, spans=spans)
+    odd = _NoNumbers(prepared, allow_nan)
+    write = partial(_write, prepared, ranks=ranks, jobs=jobs, progress=progress, durable=durable, spans=spans, odd=odd)
     if not ranks.first:
         stage = Stage.join(Path(ranks.begin(digest)), prepared.subdirectory, ranks.rank)
         result = write(stage)
         stage.journal.close()
         ranks.report(result)
     else:
-        changed = _changed(prepared)
-        found = finite.scan(changed, source.locate, changed, jobs=jobs) if changed else []
-        notes += cut_rows(prepared.plan, source) + finite.refuse(found, str(source.path), allowed=allow_nan)
+        notes += cut_rows(prepared.plan, source)
         with staged(dst, key, subdirectory=prepared.subdirectory, durable=durable, say=say) as stage:
             kept = len(stage.finished)
             if kept:
@@ -142,6 +142,7 @@ def execute(
             ranks.begin(digest, str(stage.directory))
             result = ranks.gather(write(stage))
             identity.check_unchanged()
+            notes += odd.notes(result["odd"])
             notes += _write_last(prepared, stage, identity, digest, checksums)
         ranks.end()
     return Summary(
@@ -151,20 +152,39 @@ def execute(
     )  # fmt: skip
 
 
-def _changed(prepared: Prepared) -> dict[Key, str]:
-    """The source tensors whose values are converted, with the dtype that is written."""
-    held = prepared.source.headers
-    stored = {header.dtype for header in held.values()}
-    kept = all(copy.src.codec == copy.dst.codec for copy in prepared.plan.copies)
-    if kept and len(stored) == 1 and stored == set(prepared.dtypes.values()):
-        return {}
-    return {
-        key: task.dtype
-        for task in engine.tasks(prepared.plan, lambda key: prepared.target.payload(key)[1].dtype)
-        for source in task.sources
-        for key in source_keys(task._replace(sources=(source,)))
-        if source.change is not None or held[key].dtype != task.dtype
-    }
+class _NoNumbers:
+    """What becomes of target tensors that hold NaN or Inf: an error that tells where they come from, or a note."""
+
+    def __init__(self, prepared: Prepared, allowed: bool) -> None:
+        self._source, self._allowed = prepared.source, allowed
+        self._held: dict[Key, engine.Task] = {}
+
+    def tell(self, task: engine.Task) -> None:
+        """For the engine's watch. Raises CheckpointError, which names the source's tensors, unless it is allowed."""
+        if self._allowed:
+            self._held[task.key] = task
+        else:
+            finite.refuse(self._found([task]), str(self._source.path), allowed=False)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def notes(self, total: int) -> tuple[str, ...]:
+        """Lines for people; `total` counts the tensors of all ranks."""
+        lines = finite.refuse(self._found(self._held.values()), str(self._source.path), allowed=True)
+        others = total - len(self._held)
+        return (*lines, f"NaN or Inf in {others} tensors that other ranks have written") if others else lines
+
+    def _found(self, tasks: Iterable[engine.Task]) -> list[finite.NotFinite]:
+        """The source's tensors that are to blame; the target's own where the values are computed from sound ones."""
+        found: dict[Key, finite.NotFinite] = {}
+        for task in tasks:
+            keys = dict.fromkeys(source_keys(task), task.dtype)
+            blamed = finite.scan(keys, self._source.locate, keys, jobs=1)
+            found |= {item.key: item for item in blamed}
+            if not blamed:
+                found[task.key] = finite.NotFinite(task.key, 0, 0, 0, prod(task.shape))
+        return list(found.values())
 
 
 def _write(
@@ -176,6 +196,7 @@ def _write(
     progress: Callable[[int, str], None] | None,
     durable: bool,
     spans: Mapping[str, Sequence[Span]] | None,
+    odd: _NoNumbers,
 ) -> dict[str, int]:
     """Write this rank's share of the files that are not finished: bytes read and written, replica elements compared,
     peak memory. `spans` are what gets digests of its own in each file; None where nothing gets any.
@@ -211,12 +232,14 @@ def _write(
         traffic = engine.write(
             [item for item in work if item[1] in skeletons], files, source.locate,
             fills=fills, jobs=jobs, progress=advance, place=source.place,
+            watch=engine.Watch(odd.tell, moved=spans is not None),
         )  # fmt: skip
         files.close(sync=True)
     except BaseException:
         files.close(sync=False)
         raise
-    return {"read": traffic.read, "written": traffic.written, "compared": compared, "peak": memory.look()}
+    done = {"read": traffic.read, "written": traffic.written, "compared": compared}
+    return done | {"peak": memory.look(), "odd": len(odd)}
 
 
 def _compared(stage: Stage, source: Opened, ranks: Ranks) -> int:

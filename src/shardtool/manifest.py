@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -39,13 +38,15 @@ class ManifestFile:
 
 def versions() -> dict[str, str]:
     """shardtool's version, and those of the libraries that touch bytes."""
-    found = {"shardtool": __version__}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {"shardtool": __version__} | {name: _installed(name) for name in LIBRARIES}
+
+
+def _installed(name: str) -> str:
+    """A distribution's version, by the name of its directory: importlib.metadata takes as long as a plan to import."""
+    for directory in sys.path:
+        for found in Path(directory or ".").glob(f"{name}-*.dist-info"):
+            return found.name.removeprefix(f"{name}-").removesuffix(".dist-info")
+    return "not installed"
 
 
 def command_line(direction: str, src: str, options: Mapping[str, Any]) -> list[str]:
@@ -149,6 +150,8 @@ def check(directory: Path, *, threads: int = 2) -> Findings:
     UsageError without a manifest, or with one that has no checksums; CheckpointError for a damaged one.
     """
     expected = read_files(directory)
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - slow to import, and conversions do not need it
+
     present = set(_files(directory)) - {MANIFEST}
     missing, extra = sorted(expected.keys() - present), sorted(present - expected.keys())
     both = sorted(expected.keys() & present)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardtool.execute.finite import scan
+from shardtool.execute.finite import Passing, scan
 from shardtool.formats.stored import Stored
 
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -52,3 +53,21 @@ def test_strided_tensors_and_many_pieces(tmp_path: Path) -> None:
 def test_integers_are_passed_over(tmp_path: Path) -> None:
     place = stored(tmp_path / "x", torch.full((4,), -1))
     assert scan([("", "w", ())], lambda _: place) == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.sampled_from(FLOATS))
+def test_as_they_pass_cut_anywhere(data: st.DataObject, dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    raw = data.draw(st.binary(min_size=8 * kind.itemsize, max_size=8 * kind.itemsize))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=5)))
+    passing = Passing(dtype)
+    for low, high in pairwise([0, *cuts, len(raw)]):
+        passing.see(memoryview(raw)[low:high])
+    assert passing.found == (not bool(torch.frombuffer(bytearray(raw), dtype=kind).double().isfinite().all()))
+
+
+def test_integers_pass_unseen() -> None:
+    passing = Passing("int64")
+    passing.see(memoryview(b"\xff" * 24))
+    assert not passing.found

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from shardtool.cli import console
 from shardtool.cli.options import (
     DEFAULT_JOBS,
@@ -334,14 +332,9 @@ def explain_prepared(prepared: convert.Prepared, dst: Path | None, overwrite: bo
     console.result(data, ())
 
 
-def register(app: typer.Typer) -> typer.Typer:
-    """Add the commands; returns the group of `plan`."""
-    app.command()(hf2megatron)
-    app.command()(megatron2hf)
-    app.command()(reshard)
-    dry = typer.Typer(no_args_is_help=True, help="What a conversion would do: the same arguments, nothing written.")
-    dry.command("hf2megatron")(plan_hf2megatron)
-    dry.command("megatron2hf")(plan_megatron2hf)
-    dry.command("reshard")(plan_reshard)
-    app.add_typer(dry, name="plan")
-    return dry
+COMMANDS: dict[str, Callable[..., None]] = {"hf2megatron": hf2megatron, "megatron2hf": megatron2hf, "reshard": reshard}
+PLANS: dict[str, Callable[..., None]] = {
+    "hf2megatron": plan_hf2megatron,
+    "megatron2hf": plan_megatron2hf,
+    "reshard": plan_reshard,
+}

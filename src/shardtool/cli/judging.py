@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -134,10 +135,10 @@ def demo(
         raise CheckpointError("the demo's model did not come back as it was", details=(str(report["verdict"]),))
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    app.command()(inspect)
-    app.command()(diff)
-    app.command()(verify)
-    app.command()(args)
-    app.command()(demo)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "inspect": inspect,
+    "diff": diff,
+    "verify": verify,
+    "args": args,
+    "demo": demo,
+}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json as json_module
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -15,14 +15,9 @@ from shardtool.errors import Interrupted, ShardtoolError, UsageError
 
 INTERRUPTED = 130  # typer's exit code after a KeyboardInterrupt
 
-app = typer.Typer(
-    name="shardtool",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Convert, reshard, translate and verify checkpoints between Hugging Face and Megatron-core.",
-)
+COMMANDS = conversions.COMMANDS | translating.COMMANDS | judging.COMMANDS
+PLANS = conversions.PLANS | translating.PLANS
+PLAN = "plan"
 
 
 def _version(value: bool) -> None:
@@ -31,7 +26,6 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Tracebacks on errors.")] = False,
@@ -40,19 +34,39 @@ def main(
     console.SETTINGS.debug = debug
 
 
-translating.register(app, conversions.register(app))
-judging.register(app)
+def application(arguments: Sequence[str]) -> typer.Typer:
+    """The application. typer makes all options of all commands before it looks at the arguments, which takes longer
+    than some of them: where the arguments begin with a command's name, the application has that one only.
+    """
+    name, below = (*arguments[:2], "", "")[:2]
+    app = typer.Typer(
+        name="shardtool",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        help="Convert, reshard, translate and verify checkpoints between Hugging Face and Megatron-core.",
+    )
+    app.callback()(main)
+    for command, function in {name: COMMANDS[name]}.items() if name in COMMANDS else COMMANDS.items():
+        if name != PLAN:
+            app.command(command)(function)
+    if name not in COMMANDS:
+        dry = typer.Typer(no_args_is_help=True, help="What a conversion would do: the same arguments, nothing written.")
+        for command, function in {below: PLANS[below]}.items() if name == PLAN and below in PLANS else PLANS.items():
+            dry.command(command)(function)
+        app.add_typer(dry, name=PLAN)
+    return app
 
 
 def run(arguments: list[str] | None = None) -> None:
     """The entry point: exit 0 done or same, 1 the checkpoint is wrong or differs, 2 wrong usage or environment."""
-    gc.set_threshold(100_000, 20, 20)  # plans are many small objects without cycles: collecting takes half their time
     given = sys.argv[1:] if arguments is None else arguments
     vars(console.SETTINGS).update(vars(console.Settings()))
     console.SETTINGS.json = "--json" in given  # for an error before the options are read
     failed: ShardtoolError | None = None
     try:
-        code = app(given, standalone_mode=False)
+        code = application(given)(given, standalone_mode=False)
     except ShardtoolError as error:
         if console.SETTINGS.debug:
             raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,6 +67,8 @@ def _recipe(ctx: typer.Context, file: Path | None) -> Path | None:
     """Take a recipe's entries as the defaults of this command's options."""
     if file is None:
         return None
+    import tomllib  # noqa: PLC0415 - slow to import, and only recipes need it
+
     try:
         recipe = tomllib.loads(file.read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -131,7 +132,7 @@ MaybeDivisible = Annotated[int | None, typer.Option("--vocab-divisible-by", min=
 Pad = Annotated[VocabPad, typer.Option("--vocab-pad", help="What fills the padding rows.", rich_help_panel=OUTPUT)]
 Hf = Annotated[Path | None, typer.Option("--hf", metavar="DIR|CONFIG", help="The Hugging Face model: config, tokenizer and chat template come from it.", rich_help_panel=OUTPUT)]
 ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest safetensors file.", rich_help_panel=OUTPUT)]
-NoChecksums = Annotated[bool, typer.Option("--no-checksums", help="No SHA-256 of the files in shardtool.json.", rich_help_panel=OUTPUT)]
+NoChecksums = Annotated[bool, typer.Option("--no-checksums", help="No SHA-256 of the files in shardtool.json, and no look for NaN in values that only move.", rich_help_panel=OUTPUT)]
 TensorDigests = Annotated[bool, typer.Option("--tensor-digests", help="Also the SHA-256 of every tensor in shardtool.json.", rich_help_panel=OUTPUT)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST: the new one is complete before the old one goes.", rich_help_panel=OUTPUT)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -81,7 +82,5 @@ def plan_translate(
     explain_prepared(found, dst, overwrite)
 
 
-def register(app: typer.Typer, dry: typer.Typer) -> None:
-    """Add the commands; `dry` is the group of `plan`."""
-    app.command()(translate)
-    dry.command("translate")(plan_translate)
+COMMANDS: dict[str, Callable[..., None]] = {"translate": translate}
+PLANS: dict[str, Callable[..., None]] = {"translate": plan_translate}

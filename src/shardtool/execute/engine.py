@@ -23,7 +23,7 @@ from shardtool.execute.lower import Task, moves, tasks
 from shardtool.execute.stream import Progress
 from shardtool.execute.tiles import Sources
 from shardtool.execute.units import Item, Place, Unit, first_places, units
-from shardtool.execute.worker import Worker
+from shardtool.execute.worker import Watch, Worker
 from shardtool.formats.stored import Stored
 from shardtool.layout.layout import Key
 
@@ -34,6 +34,7 @@ __all__ = [
     "Progress",
     "Task",
     "Traffic",
+    "Watch",
     "assemble",
     "compare",
     "first_places",
@@ -61,15 +62,17 @@ def write(
     jobs: int = 2,
     progress: Progress | None = None,
     place: Callable[[Key], Place] | None = None,
+    watch: Watch | None = None,
 ) -> Traffic:
     """Write every task's tensor to its payload's place, and finish the files.
 
     `fills` gives the bytes of one padding row of a tensor where padding is not zeros, `place` the file and offset of a
-    source tensor, near enough to put the work in the order of the disk (default: `locate`).
+    source tensor, near enough to put the work in the order of the disk (default: `locate`). `watch` is told, before
+    its file is finished, of a task that holds NaN or Inf; what it raises ends the run.
     """
     sources = Sources()
     queue = _Queue(units(work, locate, place, fills or {}), files)
-    workers = [Worker(number, files, sources, locate, fills or {}, progress) for number in range(max(1, jobs))]
+    workers = [Worker(number, files, sources, locate, fills or {}, progress, watch) for number in range(max(1, jobs))]
     threads = [threading.Thread(target=queue.serve, args=(worker,), name="worker") for worker in workers[1:]]
     try:
         for thread in threads:

@@ -15,6 +15,9 @@ from typing import NamedTuple
 from shardtool.execute.digests import Digests, FileDigest
 from shardtool.formats.stored import Skeleton
 
+# one write's bytes: the page cache takes folios as large as a write, and large ones cost twice as much on virtual
+# machines, whose memory comes from the host when it is first touched (Linux 6.18: 4 GB in 1.3 s, by 1 MiB in 2.3 s)
+WRITE_BYTES = 128 << 10
 OPEN_FILES = 512  # descriptors that are kept; the others are opened again when they are needed
 _PAGE = 4096
 _WRITE_OUT = 2  # SYNC_FILE_RANGE_WRITE: start writing dirty pages, wait for nothing
@@ -111,10 +114,9 @@ class Files:
     def write_both(self, name: str, data: memoryview, more: bytearray, offset: int) -> None:
         """Write bytes at an offset of a file, and more behind them."""
         descriptor = self._descriptor(name)
-        done = os.pwritev(descriptor, (data, more), offset)
-        if done < len(data) + len(more):
-            _write(descriptor, data[done:], offset + done)
-            _write(descriptor, more[max(0, done - len(data)) :], offset + max(done, len(data)))
+        if len(data) > WRITE_BYTES or os.pwritev(descriptor, (data, more), offset) < len(data) + len(more):
+            _write(descriptor, data, offset)
+            _write(descriptor, more, offset + len(data))
         if self._digests is not None:
             self._digests.passed(name, descriptor, offset, data)
             self._digests.passed(name, descriptor, offset + len(data), more)
@@ -259,10 +261,10 @@ def _allocate(descriptor: int, size: int) -> None:
 
 
 def _write(descriptor: int, data: bytes | bytearray | memoryview, offset: int) -> None:
-    count = os.pwrite(descriptor, data, offset)
-    if count != len(data):
-        view = memoryview(data)[count:]
-        while view:
-            offset += count
-            count = os.pwrite(descriptor, view, offset)
-            view = view[count:]
+    size = len(data)
+    if size <= WRITE_BYTES and os.pwrite(descriptor, data, offset) == size:
+        return
+    view, at = memoryview(data), 0
+    while at < size:
+        stop = at + WRITE_BYTES - (offset + at) % WRITE_BYTES
+        at += os.pwrite(descriptor, view[at:stop], offset + at)

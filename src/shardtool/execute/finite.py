@@ -1,4 +1,4 @@
-"""Weights that are no numbers: NaN and Inf in what is stored, and values that the target's dtype cannot hold.
+"""Weights that are no numbers: NaN and Inf in what is stored or written, and values too large for the target's dtype.
 
 The bits tell: of all floats of a sign, NaN and Inf have the largest patterns. So one maximum over the words taken as
 unsigned and one over them as signed integers show whether there is any; only then they are counted.
@@ -7,7 +7,6 @@ unsigned and one over them as signed integers show whether there is any; only th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +45,49 @@ class NotFinite:
 
     def __str__(self) -> str:
         kinds = ((self.nan, "NaN"), (self.inf, "Inf"), (self.beyond, "too large for the dtype that is written"))
-        found = ", ".join(f"{count} {kind}" for count, kind in kinds if count)
+        found = (
+            ", ".join(f"{count} {kind}" for count, kind in kinds if count)
+            or "NaN or Inf in what is computed for it, out"
+        )
         return f"{self.key[1]}{' in ' + self.key[0] if self.key[0] else ''}: {found} of {self.total} elements"
+
+
+class Passing:
+    """Looks at the bytes of one tensor as they pass, in order, cut anywhere; tensors of other dtypes pass unseen."""
+
+    __slots__ = ("_cut", "_dtype", "_inf", "_width", "found")
+
+    def __init__(self, dtype: str) -> None:
+        self._width, self._inf = ITEMSIZE[dtype], INF.get(dtype, 0)
+        self._dtype = numpy_dtype(dtype, values=False) if self._inf else None
+        self._cut = b""  # of an element whose other bytes come next
+        self.found = False
+
+    def see(self, data: memoryview) -> None:
+        """The next bytes."""
+        if self._dtype is None or self.found:
+            return
+        if self._cut:
+            lead = self._width - len(self._cut)
+            self._cut += bytes(data[:lead])
+            if len(self._cut) < self._width:
+                return
+            self._look(memoryview(self._cut))
+            data, self._cut = data[lead:], b""
+        if rest := len(data) % self._width:
+            self._cut, data = bytes(data[-rest:]), data[:-rest]
+        if len(data):
+            self._look(data)
+
+    def _look(self, data: memoryview) -> None:
+        words = numpy().frombuffer(data, self._dtype)
+        self.found |= _exceeds(words, self._width, self._inf)
+
+
+def _exceeds(words: Any, width: int, least: int) -> bool:
+    """Whether any float's pattern without its sign is `least` or larger."""
+    sign = 1 << (8 * width - 1)
+    return bool(words.max() >= sign + least or words.view(f"i{width}").max() >= least)
 
 
 def scan(
@@ -57,6 +97,8 @@ def scan(
 
     Every payload is read once. Integers and quantised tensors, whose values are not stored, are passed over.
     """
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - slow to import, and seldom needed
+
     sources = Sources()
 
     def one(key: Key) -> NotFinite | None:
@@ -77,7 +119,7 @@ def _tensor(key: Key, stored: Stored, written: str, space: Workspace) -> NotFini
     least, sign = min(inf, BEYOND.get((stored.dtype, written), inf)), 1 << (8 * width - 1)
     nan = infinite = beyond = 0
     for words in _words(stored, space) if stored.strides is None else _strided(stored):
-        if words.max() < sign + least and words.view(f"i{width}").max() < least:
+        if not _exceeds(words, width, least):
             continue
         bits = words & words.dtype.type(sign - 1)
         no_number = int((bits >= inf).sum())
@@ -114,6 +156,7 @@ def refuse(found: list[NotFinite], where: str, *, allowed: bool) -> tuple[str, .
     if found and not allowed:
         raise CheckpointError(
             "weights that are no numbers", where=where, details=lines,
-            hint="the training has diverged, or a file is damaged; --allow-nan takes them as they are",
+            hint="the training has diverged, or a file is damaged; `shardtool inspect --values` lists all of them, "
+            "--allow-nan takes them as they are",
         )  # fmt: skip
     return lines

@@ -19,7 +19,6 @@ import errno
 import fcntl
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -330,7 +329,7 @@ class _Lock:
             os.close(self._descriptor)  # the one who had it has removed it
         with contextlib.suppress(OSError):  # for the message alone: the disk may be full
             os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            os.pwrite(self._descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
 
     def __enter__(self) -> None:
         """The lock is held from the beginning."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from shardtool.execute import tiles as tiling
 from shardtool.execute.checksum import crc32
 from shardtool.execute.files import Files
+from shardtool.execute.finite import Passing
 from shardtool.execute.tiles import Workspace
 
 Progress = Callable[[int, str], None]  # bytes of the target that are done, and the file
@@ -24,6 +25,7 @@ class Stream:
         self._base = self._fill = 0
         self._limit = self._tile
         self._crc, self._mark, self._checked = 0, 0, False
+        self._passing: Passing | None = None
         self._payload = 0  # bytes of payload that are not yet reported
 
     def seek(self, offset: int) -> None:
@@ -33,16 +35,21 @@ class Stream:
             self._base = offset
             self._limit = self._tile - offset % self._tile
 
-    def begin(self, checked: bool) -> None:
-        """What follows is one tensor's payload, with a checksum or without."""
-        self._crc, self._mark, self._checked = 0, self._fill, checked
+    def begin(self, checked: bool, passing: Passing | None) -> None:
+        """What follows is one tensor's payload, with a checksum or without, and looked at by `passing`."""
+        self._crc, self._mark, self._checked, self._passing = 0, self._fill, checked, passing
 
     def end(self) -> int:
         """The checksum since `begin`."""
-        if self._checked and self._mark < self._fill:
-            self._crc = crc32(self._view[self._mark : self._fill], self._crc)
-        self._checked = False
+        self._see(self._view[self._mark : self._fill])
+        self._checked, self._passing = False, None
         return self._crc
+
+    def _see(self, data: memoryview) -> None:
+        if len(data) and self._checked:
+            self._crc = crc32(data, self._crc)
+        if len(data) and self._passing is not None:
+            self._passing.see(data)
 
     def read(self, file: str, offset: int, size: int) -> None:
         """Bytes of a source file."""
@@ -74,8 +81,7 @@ class Stream:
     def write(self, data: memoryview, offset: int) -> None:
         """Payload that is in a buffer of its own already."""
         self.flush()
-        if self._checked:
-            self._crc = crc32(data, self._crc)
+        self._see(data)
         self._files.write(self._name, data, offset)
         self._base = offset + len(data)
         self._limit = self._tile - self._base % self._tile
@@ -97,8 +103,7 @@ class Stream:
     def flush(self) -> None:
         """Write what has gathered."""
         if self._fill:
-            if self._checked and self._mark < self._fill:
-                self._crc = crc32(self._view[self._mark : self._fill], self._crc)
+            self._see(self._view[self._mark : self._fill])
             self._mark = 0
             self._files.write(self._name, self._view[: self._fill], self._base)
             self._base += self._fill

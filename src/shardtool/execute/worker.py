@@ -11,6 +11,7 @@ from shardtool.execute import tiles as tiling
 from shardtool.execute.assemble import assemble
 from shardtool.execute.checksum import crc32
 from shardtool.execute.files import Files
+from shardtool.execute.finite import Passing
 from shardtool.execute.lower import Run, Task, moves, runs
 from shardtool.execute.stream import Progress, Stream
 from shardtool.execute.tiles import Move, Sources, Workspace
@@ -20,6 +21,13 @@ from shardtool.layout.layout import Key
 
 RUN_BYTES = 64 << 10  # strided copies of shorter runs than this are assembled in tiles
 KEPT_VECTORS = 4  # layouts of a scatter that a worker keeps
+
+
+class Watch(NamedTuple):
+    """Who is told of tasks whose values are no numbers; `moved`: also where values are not changed."""
+
+    tell: Callable[[Task], None]
+    moved: bool
 
 
 class Worker:
@@ -33,10 +41,11 @@ class Worker:
         locate: Callable[[Key], Stored],
         fills: Mapping[Key, bytes],
         progress: Progress | None,
+        watch: Watch | None,
     ) -> None:
         self.space = Workspace(sources)
         self._number, self._files, self._locate = number, files, locate
-        self._fills, self._progress = fills, progress
+        self._fills, self._progress, self._watch = fills, progress, watch
         self._runs: dict[tuple[int, str], list[Run] | None] = {}
         self._vectors: dict[Any, tuple[int, list[memoryview], list[memoryview]]] = {}
 
@@ -56,8 +65,9 @@ class Worker:
         """One part of a tensor, and what follows the tensor in the file when it is complete."""
         task, payload = part.task, part.payload
         stream.seek(payload.offset + part.low)
-        stream.begin(bool(payload.crc_at))
         found = moves(task, self._locate)
+        passing = self._passing(task, found)
+        stream.begin(bool(payload.crc_at), passing)
         pieces = None if task.key in self._fills else self._pieces(task, found)
         if pieces is not None:
             self._run(stream, found, pieces, part)
@@ -67,10 +77,24 @@ class Worker:
             for low, tile in assemble(self.space, task, found, row, part.low // width, part.high // width):
                 stream.write(tile, payload.offset + low * width)
         behind = self._behind(part, stream.end())
+        self._tell(task, passing)
         if behind and part.high == payload.nbytes:
             stream.put(behind)
         elif behind:
             self._files.write(part.file, behind, payload.offset + payload.nbytes)
+
+    def _passing(self, task: Task, found: Sequence[Move]) -> Passing | None:
+        """Who looks at a task's values, if anybody does."""
+        watch = self._watch
+        if watch is None:
+            return None
+        if not watch.moved and all(move.values is None and move.dtype == task.dtype for move in found):
+            return None
+        return Passing(task.dtype)
+
+    def _tell(self, task: Task, passing: Passing | None) -> None:
+        if passing is not None and passing.found and self._watch is not None:
+            self._watch.tell(task)
 
     def _pieces(self, task: Task, found: list[Move]) -> list[Run] | None:
         """The runs of a task; tensors of one piece have the same, unless their sources are laid out differently."""
@@ -129,6 +153,7 @@ class Worker:
             return
         step, regions, rows = self._vector(block)
         crcs = [0] * len(regions)
+        passing = self._passing(parts[0].task, ())
         used = list(enumerate(zip(parts, block.used, strict=True)))
         turn = used[self._number % len(used) :] + used[: self._number % len(used)]  # not all workers at one file
         checked = any(part.payload.crc_at for part in parts)
@@ -139,9 +164,12 @@ class Worker:
             if block.behind:  # behind the last column of the last row the file may end
                 views = views[:-1]
             self.space.read_rows(block.file, block.start + row * block.row, views, count * block.row - block.behind)
-            if checked:
-                for at, (region, (_, size)) in enumerate(zip(regions, block.columns, strict=True)):
+            for at, (region, (_, size)) in enumerate(zip(regions, block.columns, strict=True)):
+                if checked:
                     crcs[at] = crc32(region[: count * size], crcs[at])
+                if passing is not None:
+                    passing.see(region[: count * size])
+            self._tell(parts[0].task, passing)
             for _, (part, at) in turn:
                 size = block.columns[at][1]
                 data = regions[at][: count * size]
