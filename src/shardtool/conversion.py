@@ -19,13 +19,14 @@ from shardtool.checkpoint.huggingface import companions
 from shardtool.checkpoint.identity import Identity, identify
 from shardtool.checkpoint.opened import Opened
 from shardtool.checkpoint.padding import cut_rows, padding_rows
-from shardtool.checkpoint.target import Target
+from shardtool.checkpoint.target import Target, TargetTensor
 from shardtool.errors import CheckpointError, ShardtoolError
 from shardtool.execute import engine, finite
 from shardtool.execute.digests import Digests, Span, sha256
 from shardtool.execute.lower import source_keys
 from shardtool.execute.memory import Memory
 from shardtool.execute.ranks import Ranks, shares
+from shardtool.execute.reflink import residues
 from shardtool.execute.staging import Stage, check_destination, recover, staged, write_small
 from shardtool.families.architecture import Architecture
 from shardtool.layout.layout import Key
@@ -136,9 +137,10 @@ def execute(
             kept = len(stage.finished)
             if kept:
                 say(f"continuing: {kept} of {len(prepared.target.skeletons)} files are finished")
-            stage.check_space(
-                sum(file.size for name, file in prepared.target.skeletons.items() if name not in stage.finished)
-            )
+            if not prepared.options.get("reflink"):
+                stage.check_space(
+                    sum(file.size for name, file in prepared.target.skeletons.items() if name not in stage.finished)
+                )
             ranks.begin(digest, str(stage.directory))
             result = ranks.gather(write(stage))
             identity.check_unchanged()
@@ -150,6 +152,12 @@ def execute(
         len(prepared.target.skeletons), time.monotonic() - started, digest, len(source.ignored), result["compared"],
         notes, result["peak"], ranks.size, kept,
     )  # fmt: skip
+
+
+def shareable(plan: Plan, tensors: Iterable[TargetTensor], source: Opened) -> dict[Key, int]:
+    """Where payloads have to begin, modulo a block, to share blocks with the source (execute.reflink)."""
+    dtypes = {tensor.key: tensor.dtype for tensor in tensors}
+    return residues(engine.tasks(plan, dtypes.__getitem__), source.locate)
 
 
 class _NoNumbers:
@@ -227,7 +235,8 @@ def _write(
         for name in stage.finished:
             progress(sum(payload.nbytes for payload in target.skeletons[name].payload.values()), name)
     digests = None if spans is None else Digests(spans, threads=jobs)
-    files = engine.Files(stage.tensors, skeletons, durable=durable, digests=digests, finished=stage.add)
+    share = bool(prepared.options.get("reflink"))
+    files = engine.Files(stage.tensors, skeletons, durable=durable, digests=digests, finished=stage.add, share=share)
     try:
         traffic = engine.write(
             [item for item in work if item[1] in skeletons], files, source.locate,

@@ -25,7 +25,7 @@ from shardtool.checkpoint.megatron_target import dist_target, legacy_target, ran
 from shardtool.checkpoint.opened import Opened
 from shardtool.checkpoint.structure import structure
 from shardtool.checkpoint.target import resolve_dtypes, target_tensors
-from shardtool.conversion import Prepared, Summary, execute
+from shardtool.conversion import Prepared, Summary, execute, shareable
 from shardtool.errors import CheckpointError, UsageError
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import axis_sizes, standard
@@ -67,6 +67,7 @@ class MegatronOptions:
     vocab_pad: str = "zeros"
     dtype: str = "keep"
     allow_inexact: bool = False
+    reflink: bool = False  # laid out to share blocks with the source
 
 
 DEFAULTS = MegatronOptions(
@@ -160,6 +161,7 @@ def _to_megatron(
     made = plan(source.layout, target_layout, pad=options.vocab_pad)
     dtypes = resolve_dtypes(made, source.headers, DTYPES.get(options.dtype))
     tensors = target_tensors(made, dtypes)
+    shared = shareable(made, tensors, source) if options.reflink else None
     main = next(tensor.dtype for tensor in tensors if tensor.key[1] == "embedding.word_embeddings.weight")
     args = to_args(
         a,
@@ -174,9 +176,9 @@ def _to_megatron(
         args = _carry_run(args, run)
     number = iteration or 0
     if options.format == "torch":
-        target = legacy_target(tensors, args, files, virtual_stages(mesh), number, options.spec)
+        target = legacy_target(tensors, args, files, virtual_stages(mesh), number, options.spec, shared)
     else:
-        target = dist_target(tensors, target_layout, args, a, number)
+        target = dist_target(tensors, target_layout, args, a, number, shared)
     return Prepared(
         direction, source, made, target, a, iteration_name(iteration), {TRACKER: tracker_bytes(iteration)},
         notes=notes + version_notes(a), dtypes=dtypes, options=_as_options(options),
@@ -245,7 +247,7 @@ def _check_options(options: MegatronOptions, a: Architecture) -> None:
 
 
 def prepare_megatron2hf(
-    src: Path, hf: Path | None, *, dtype: str = "keep", max_shard_size: int = 5 * 10**9
+    src: Path, hf: Path | None, *, dtype: str = "keep", max_shard_size: int = 5 * 10**9, reflink: bool = False
 ) -> Prepared:
     """Megatron to a Hugging Face directory.
 
@@ -276,7 +278,7 @@ def prepare_megatron2hf(
     made = plan(opened.layout, layout)
     dtypes = resolve_dtypes(made, opened.headers, DTYPES.get(dtype))
     tensors = target_tensors(made, dtypes)
-    target = huggingface_target(tensors, max_shard_size)
+    target = huggingface_target(tensors, max_shard_size, shareable(made, tensors, opened) if reflink else None)
     main = next(tensor.dtype for tensor in tensors)
     config = {**given} if given else family.write_config(a, main)
     config["dtype" if "dtype" in config else "torch_dtype"] = main
@@ -284,7 +286,12 @@ def prepare_megatron2hf(
     tokenizer = hf if hf is not None and hf.is_dir() else None
     if tokenizer is not None:
         companions(tokenizer)  # refuse now what could not be copied at the end
-    options = {"hf": None if hf is None else str(hf), "dtype": dtype, "max_shard_size": max_shard_size}
+    options = {
+        "hf": None if hf is None else str(hf),
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "reflink": reflink,
+    }
     return Prepared(
         "megatron2hf", opened, made, target, a, "", {"config.json": config_bytes(config)}, tokenizer, notes, dtypes,
         options,

@@ -162,15 +162,23 @@ def _stored(path: Path, family: Family) -> dict[str, Stored]:
     return stored
 
 
-def huggingface_target(tensors: list[TargetTensor], max_shard_size: int) -> Target:
-    """The files of a directory: one model.safetensors, or shards of at most `max_shard_size` bytes and their index."""
+def huggingface_target(
+    tensors: list[TargetTensor], max_shard_size: int, residues: Mapping[Key, int] | None = None
+) -> Target:
+    """The files of a directory: one model.safetensors, or shards of at most `max_shard_size` bytes and their index.
+
+    `residues` are places of payloads (safetensors_files.skeleton).
+    """
     specs = [(tensor.key[1], tensor.shape, tensor.dtype) for tensor in tensors]
     groups = safetensors_files.split_by_size(specs, max_shard_size)
     names = safetensors_files.shard_names(len(groups))
     skeletons: dict[str, Skeleton] = {}
     places: dict[Key, tuple[str, Hashable]] = {}
     for name, group in zip(names, groups, strict=True):
-        skeletons[name] = safetensors_files.skeleton(group)
+        wanted = (
+            {spec[0]: residues[key] for spec in group if (key := ("", spec[0], ())) in residues} if residues else {}
+        )
+        skeletons[name] = safetensors_files.skeleton(group, residues=wanted)
         places.update({("", spec[0], ()): (name, spec[0]) for spec in group})
     last = {}
     if len(groups) > 1:

@@ -45,10 +45,12 @@ def legacy_target(
     virtual: int,
     iteration: int,
     spec: str,
+    residues: Mapping[Key, int] | None = None,
 ) -> Target:
     """One model_optim_rng.pt per rank; every rank of the mesh gets a file, also one without tensors.
 
-    As Megatron-LM's, its args hold the rank of the process, so that exchanged files are noticed.
+    As Megatron-LM's, its args hold the rank of the process, so that exchanged files are noticed. `residues` are places
+    of payloads (TensorOut).
     """
     by_file: dict[str, list[list[TargetTensor]]] = {file: [[] for _ in range(virtual)] for file in files.values()}
     ranks = {file: tp + args["tensor_model_parallel_size"] * pp for (tp, pp, _), file in files.items()}
@@ -59,7 +61,13 @@ def legacy_target(
         specs = [[(tensor.key[1], tensor.shape, tensor.dtype) for tensor in chunk] for chunk in by_file[file]]
         extra = [_extra_states([name for name, _, _ in chunk], spec) for chunk in specs]
         held = {**args, "iteration": iteration, "rank": ranks[file]}
-        return megatron_legacy.rank_skeleton(held, specs, iteration, extra)
+        wanted = {
+            (number, tensor.key[1]): residues[tensor.key]
+            for number, chunk in enumerate(by_file[file] if residues else ())
+            for tensor in chunk
+            if residues and tensor.key in residues
+        }
+        return megatron_legacy.rank_skeleton(held, specs, iteration, extra, wanted)
 
     places: dict[Key, tuple[str, Hashable]] = {
         tensor.key: (tensor.key[0], (tensor.key[2][0], tensor.key[1])) for tensor in tensors
@@ -83,7 +91,12 @@ def _extra_states(names: Sequence[str], spec: str) -> list[str]:
 
 
 def dist_target(
-    tensors: Sequence[TargetTensor], layout: Layout, args: Mapping[str, Any], a: Architecture, iteration: int
+    tensors: Sequence[TargetTensor],
+    layout: Layout,
+    args: Mapping[str, Any],
+    a: Architecture,
+    iteration: int,
+    residues: Mapping[Key, int] | None = None,
 ) -> Target:
     """The .distcp files of all ranks, `.metadata`, `common.pt`, and `metadata.json` last: it marks a finished save.
 
@@ -98,7 +111,12 @@ def dist_target(
     @cache
     def shard(file: str) -> tuple[Skeleton, list[tuple[int, int]]]:
         held = [(tensor.key[1], tensor.key[2], _chunk_sizes(tensor), tensor.dtype) for tensor in by_file[file]]
-        return torch_dist_out.data_file_skeleton(held)
+        wanted = (
+            {tensor.key[1:]: residues[tensor.key] for tensor in by_file[file] if tensor.key in residues}
+            if residues
+            else {}
+        )
+        return torch_dist_out.data_file_skeleton(held, residues=wanted)
 
     @cache
     def states() -> tuple[Skeleton, dict[str, Extent]]:

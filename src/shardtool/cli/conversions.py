@@ -45,6 +45,7 @@ from shardtool.cli.options import (
     Pp,
     Quiet,
     Recipe,
+    Reflink,
     ShardSize,
     Source,
     Spec,
@@ -79,7 +80,7 @@ def hf2megatron(
     format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te,
     experts: ExpertsOption = Experts.grouped, mtp_name: MtpOption = MtpName.mtp_model_layer, dtype: DtypeOption = Dtype.keep,
     vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, allow_inexact: Inexact = False,
-    no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False, jobs: Jobs = DEFAULT_JOBS,
+    reflink: Reflink = False, no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False, jobs: Jobs = DEFAULT_JOBS,
     memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
@@ -93,7 +94,16 @@ def hf2megatron(
     with interruptible(dst):
         ready(source, dst, overwrite)
         options = _options(
-            parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad, allow_inexact
+            parallel,
+            format,
+            spec,
+            experts,
+            mtp_name,
+            dtype,
+            vocab_divisible_by,
+            vocab_pad,
+            allow_inexact,
+            reflink=reflink,
         )
         prepare = partial(convert.prepare_hf2megatron, source, options)
         execute_prepared(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests, allow_nan)
@@ -101,7 +111,7 @@ def hf2megatron(
 
 def megatron2hf(
     src: Source, dst: Target, hf: Hf = None, dtype: DtypeOption = Dtype.keep, max_shard_size: ShardSize = "5GB",
-    no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False,
+    reflink: Reflink = False, no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
@@ -112,7 +122,9 @@ def megatron2hf(
     with interruptible(dst):
         ready(source, dst, overwrite)
         size = bytes_of(max_shard_size, "--max-shard-size")
-        prepare = partial(convert.prepare_megatron2hf, source, hf, dtype=dtype.value, max_shard_size=size)
+        prepare = partial(
+            convert.prepare_megatron2hf, source, hf, dtype=dtype.value, max_shard_size=size, reflink=reflink
+        )
         execute_prepared(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests, allow_nan)
 
 
@@ -123,7 +135,7 @@ def reshard(
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
     format: MaybeFormat = None, spec: MaybeSpec = None,
     experts: MaybeExperts = None, mtp_name: MaybeMtp = None, dtype: DtypeOption = Dtype.keep,
-    vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, no_checksums: NoChecksums = False,
+    vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, reflink: Reflink = False, no_checksums: NoChecksums = False,
     tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False, jobs: Jobs = DEFAULT_JOBS,
     memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
@@ -137,7 +149,9 @@ def reshard(
     source = checkpoint(src)
     with interruptible(dst):
         ready(source, dst, overwrite)
-        options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
+        options = _options(
+            parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad, reflink=reflink
+        )
         prepare = partial(convert.prepare_reshard, source, options)
         execute_prepared(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests, allow_nan)
 
@@ -150,7 +164,7 @@ def plan_hf2megatron(
     format: FormatOption = Format.torch_dist, spec: SpecOption = Spec.te,
     experts: ExpertsOption = Experts.grouped, mtp_name: MtpOption = MtpName.mtp_model_layer, dtype: DtypeOption = Dtype.keep,
     vocab_divisible_by: Divisible = DIVISIBLE_BY, vocab_pad: Pad = VocabPad.zeros, allow_inexact: Inexact = False,
-    no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False, jobs: Jobs = DEFAULT_JOBS,
+    reflink: Reflink = False, no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False, jobs: Jobs = DEFAULT_JOBS,
     memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
@@ -161,13 +175,15 @@ def plan_hf2megatron(
         tp, pp, vpp, ep, etp, first_stage_layers, last_stage_layers, pipeline_layout, account_for_embedding, account_for_loss
     )  # fmt: skip
     source = checkpoint(src)
-    options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad, allow_inexact)
+    options = _options(
+        parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad, allow_inexact, reflink=reflink
+    )
     explain_prepared(convert.prepare_hf2megatron(source, options), dst, overwrite)
 
 
 def plan_megatron2hf(
     src: Source, dst: MaybeTarget = None, hf: Hf = None, dtype: DtypeOption = Dtype.keep, max_shard_size: ShardSize = "5GB",
-    no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False,
+    reflink: Reflink = False, no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
@@ -176,7 +192,9 @@ def plan_megatron2hf(
 
     size = bytes_of(max_shard_size, "--max-shard-size")
     explain_prepared(
-        convert.prepare_megatron2hf(checkpoint(src), hf, dtype=dtype.value, max_shard_size=size), dst, overwrite
+        convert.prepare_megatron2hf(checkpoint(src), hf, dtype=dtype.value, max_shard_size=size, reflink=reflink),
+        dst,
+        overwrite,
     )
 
 
@@ -187,7 +205,7 @@ def plan_reshard(
     account_for_embedding: AccountEmbedding = False, account_for_loss: AccountLoss = False,
     format: MaybeFormat = None, spec: MaybeSpec = None,
     experts: MaybeExperts = None, mtp_name: MaybeMtp = None, dtype: DtypeOption = Dtype.keep,
-    vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, no_checksums: NoChecksums = False,
+    vocab_divisible_by: MaybeDivisible = None, vocab_pad: Pad = VocabPad.zeros, reflink: Reflink = False, no_checksums: NoChecksums = False,
     tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False, jobs: Jobs = DEFAULT_JOBS,
     memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
@@ -199,7 +217,7 @@ def plan_reshard(
         tp, pp, vpp, ep, etp, first_stage_layers, last_stage_layers, pipeline_layout, account_for_embedding, account_for_loss
     )  # fmt: skip
     source = checkpoint(src)
-    options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad)
+    options = _options(parallel, format, spec, experts, mtp_name, dtype, vocab_divisible_by, vocab_pad, reflink=reflink)
     explain_prepared(convert.prepare_reshard(source, options), dst, overwrite)
 
 
@@ -213,6 +231,8 @@ def _options(
     divisible_by: int | None,
     pad: VocabPad,
     allow_inexact: bool = False,
+    *,
+    reflink: bool = False,
 ) -> convert.MegatronOptions:
     """The options as the library takes them; what was not given stays as it is in the source."""
     from shardtool.convert import MegatronOptions  # noqa: PLC0415 - numpy and the engine are not needed for --help
@@ -227,6 +247,7 @@ def _options(
         vocab_pad=pad.value,
         dtype=dtype.value,
         allow_inexact=allow_inexact,
+        reflink=reflink,
     )
 
 

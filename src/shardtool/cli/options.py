@@ -134,6 +134,7 @@ Hf = Annotated[Path | None, typer.Option("--hf", metavar="DIR|CONFIG", help="The
 ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest safetensors file.", rich_help_panel=OUTPUT)]
 NoChecksums = Annotated[bool, typer.Option("--no-checksums", help="No SHA-256 of the files in shardtool.json, and no look for NaN in values that only move.", rich_help_panel=OUTPUT)]
 TensorDigests = Annotated[bool, typer.Option("--tensor-digests", help="Also the SHA-256 of every tensor in shardtool.json.", rich_help_panel=OUTPUT)]
+Reflink = Annotated[bool, typer.Option("--reflink", help="Share blocks with the source where weights only move, on XFS, Btrfs and the like: records are laid out for it.", rich_help_panel=OUTPUT)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST: the new one is complete before the old one goes.", rich_help_panel=OUTPUT)]
 
 AllowNan = Annotated[bool, typer.Option("--allow-nan", help="Take NaN, Inf and values too large for a new dtype as they are, with a note.", rich_help_panel=OUTPUT)]

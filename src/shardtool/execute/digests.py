@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from shardtool.execute import buffers
+
 BLOCK = 1 << 20  # bytes that are read back at once
 
 
@@ -150,7 +152,7 @@ class Digests:
         return front
 
     def _serve(self) -> None:
-        buffer = memoryview(bytearray(BLOCK))
+        buffer = buffers.buffer(BLOCK)
         while (front := self._queue.get()) is not None:
             try:
                 self._advance(front, buffer)
@@ -206,7 +208,7 @@ def sha256(data: bytes) -> str:
 def hash_file(path: str | os.PathLike[str], block: int = BLOCK) -> str:
     """The SHA-256 of a file, in hexadecimal; OSError where it cannot be read."""
     found: Any = hashlib.sha256()
-    buffer = memoryview(bytearray(block))
+    buffer = buffers.buffer(block)
     with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - also for names that are no Path
         while count := file.readinto(buffer):
             found.update(buffer[:count])

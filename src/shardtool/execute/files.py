@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from shardtool.execute import reflink
 from shardtool.execute.digests import Digests, FileDigest
 from shardtool.formats.stored import Skeleton
 
@@ -41,7 +42,7 @@ class Files:
     that they follow, or at the end. With `durable` a file is synced as soon as it is complete, by a thread of its own.
 
     `digests` sees every byte that is written. `finished` is told of each file that is complete (with `durable`: on the
-    device), by any thread.
+    device), by any thread. With `share` blocks may be shared with sources, so none are reserved.
     """
 
     def __init__(
@@ -52,10 +53,12 @@ class Files:
         durable: bool = True,
         digests: Digests | None = None,
         finished: Callable[[Finished], None] | None = None,
+        share: bool = False,
     ) -> None:
         self._directory = directory
         self._digests = digests
         self._finished = finished
+        self.shares = share
         self._sizes = {name: skeleton.size for name, skeleton in skeletons.items()}
         self._lock = threading.Lock()
         self._descriptors: dict[str, int] = {}
@@ -76,7 +79,9 @@ class Files:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            if skeleton.size:
+            if skeleton.size and self.shares:
+                os.ftruncate(descriptor, skeleton.size)
+            elif skeleton.size:
                 _allocate(descriptor, skeleton.size)
             held = dict(skeleton.parts)
             if 0 in held:
@@ -120,6 +125,20 @@ class Files:
         if self._digests is not None:
             self._digests.passed(name, descriptor, offset, data)
             self._digests.passed(name, descriptor, offset + len(data), more)
+
+    def clone(self, name: str, source: int, offset: int, size: int, at: int) -> None:
+        """Share `size` bytes at `offset` of a source file, at `at` of a file; UsageError where that cannot be."""
+        reflink.clone(source, offset, size, self._descriptor(name), at, str(self._directory / name))
+
+    @property
+    def hashes(self) -> bool:
+        """Whether bytes that are there already have to pass."""
+        return self._digests is not None
+
+    def passed(self, name: str, data: memoryview, offset: int) -> None:
+        """These bytes, at an offset of a file, are there already."""
+        if self._digests is not None:
+            self._digests.passed(name, self._descriptor(name), offset, data)
 
     def take(self, name: str, offset: int) -> bytes | None:
         """The part of the skeleton that begins at `offset`: the caller writes it, behind the payload that ends there.

@@ -8,7 +8,9 @@ from shardtool.execute import tiles as tiling
 from shardtool.execute.checksum import crc32
 from shardtool.execute.files import Files
 from shardtool.execute.finite import Passing
+from shardtool.execute.reflink import LEAST
 from shardtool.execute.tiles import Workspace
+from shardtool.formats.stored import BLOCK
 
 Progress = Callable[[int, str], None]  # bytes of the target that are done, and the file
 
@@ -62,6 +64,27 @@ class Stream:
                 size -= count
             if self._fill >= self._limit:
                 self.flush()
+
+    def share(self, file: str, offset: int, size: int) -> None:
+        """Bytes of a source file, whole blocks of them shared with it where they lie alike in both files."""
+        if (self._base + self._fill - offset) % BLOCK or size < LEAST:
+            self.read(file, offset, size)
+            return
+        lead = -offset % BLOCK
+        blocks = (size - lead) // BLOCK * BLOCK
+        self.read(file, offset, lead)
+        self.flush()
+        self._files.clone(self._name, self._space.descriptor(file), offset + lead, blocks, self._base)
+        for at in range(0, blocks, self._tile) if self._checked or self._passing or self._files.hashes else ():
+            view = self._view[: min(self._tile, blocks - at)]
+            self._space.read_into(file, offset + lead + at, view)
+            self._see(view)
+            self._files.passed(self._name, view, self._base + at)
+        self._base += blocks
+        self._limit = self._tile - self._base % self._tile
+        self._payload += blocks
+        self._report()
+        self.read(file, offset + lead + blocks, size - lead - blocks)
 
     def zeros(self, size: int) -> None:
         """Padding."""

@@ -13,6 +13,7 @@ from math import prod
 from typing import NamedTuple
 
 from shardtool.errors import CheckpointError
+from shardtool.execute import buffers
 from shardtool.execute.codecs import Values, read_values
 from shardtool.execute.numbers import numpy, numpy_dtype
 from shardtool.formats.stored import ITEMSIZE
@@ -122,11 +123,15 @@ class Workspace:
         self._buffers: dict[str, memoryview] = {}
         self._rows: dict[tuple[str, int, int, int, int], list[memoryview]] = {}
 
+    def descriptor(self, file: str) -> int:
+        """A source file's descriptor; CheckpointError when it cannot be opened."""
+        return self._sources.descriptor(file)
+
     def buffer(self, name: str, size: int) -> memoryview:
         """A reused buffer of at least `size` bytes, as a view of exactly that many."""
         held = self._buffers.get(name)
         if held is None or len(held) < size:
-            held = self._buffers[name] = memoryview(bytearray(size))
+            held = self._buffers[name] = buffers.buffer(size)
             self._rows.clear()
         return held[:size]
 

@@ -110,9 +110,9 @@ class Worker:
             self._runs[key] = runs(found, task.dtype, prod(task.shape), RUN_BYTES)
         return self._runs[key]
 
-    @staticmethod
-    def _run(stream: Stream, found: list[Move], pieces: list[Run], part: Part) -> None:
+    def _run(self, stream: Stream, found: list[Move], pieces: list[Run], part: Part) -> None:
         at, width = 0, ITEMSIZE[part.task.dtype]
+        take = stream.share if self._files.shares else stream.read
         for number, start, size in pieces:
             low, high = max(at, part.low), min(at + size, part.high)
             if low < high:
@@ -120,7 +120,7 @@ class Worker:
                     stream.zeros(high - low)
                 else:
                     move = found[number]
-                    stream.read(move.file, move.start + move.src_offset * width + start + low - at, high - low)
+                    take(move.file, move.start + move.src_offset * width + start + low - at, high - low)
             at += size
             if at >= part.high:
                 break

@@ -254,18 +254,20 @@ def rank_skeleton(
     chunks: Sequence[Sequence[tuple[str, tuple[int, ...], str]]],
     iteration: int,
     extra_state_keys: Sequence[Sequence[str]] = (),
+    residues: Mapping[tuple[int, str], int] | None = None,
 ) -> Skeleton:
     """One rank's model_optim_rng.pt before its payload, keyed (chunk, tensor name).
 
     `chunks` are the (key, shape, dtype) of each virtual pipeline chunk; one chunk is saved as `model`, several as
     `model0`, `model1`, ... `extra_state_keys`, per chunk, become None, the value that local linears save
-    (megatron-core layers.py, get_extra_state); Transformer Engine takes it as "no FP8 state".
+    (megatron-core layers.py, get_extra_state); Transformer Engine takes it as "no FP8 state". `residues` are places of
+    payloads (TensorOut).
     """
     root: dict[str, object] = {"args": namespace(args), "checkpoint_version": 3.0, "iteration": iteration}
     for index, chunk in enumerate(chunks):
         model: OrderedDict[str, object] = OrderedDict()
         for name, shape, dtype in chunk:
-            model[name] = TensorOut((index, name), dtype, tuple(shape))
+            model[name] = TensorOut((index, name), dtype, tuple(shape), (residues or {}).get((index, name), -1))
         for name in extra_state_keys[index] if index < len(extra_state_keys) else ():
             model[name] = None
         root["model" if len(chunks) == 1 else f"model{index}"] = model

@@ -51,12 +51,14 @@ class Object:
 class TensorOut:
     """A contiguous tensor on a storage of its own; the same key twice is the same storage.
 
-    `key` is the caller's name for the payload; the file numbers its storages itself.
+    `key` is the caller's name for the payload; the file numbers its storages itself. `residue` is where the payload has
+    to begin in the archive, modulo BLOCK; -1: where torch puts it.
     """
 
     key: Hashable
     dtype: str
     shape: tuple[int, ...]
+    residue: int = -1
 
 
 class _Out:

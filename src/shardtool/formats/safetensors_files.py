@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from shardtool.errors import CheckpointError
 from shardtool.formats.hf_index import read_shards, strict_json
 from shardtool.formats.small_files import open_file
-from shardtool.formats.stored import ITEMSIZE, Payload, Skeleton, Stored
+from shardtool.formats.stored import BLOCK, ITEMSIZE, Payload, Skeleton, Stored
 
 DTYPES: dict[str, str] = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -70,11 +71,16 @@ def read_checkpoint(directory: str | Path) -> dict[str, Stored]:
     return read_shards(Path(directory), WEIGHTS, INDEX, lambda path: read_header(path)[0])
 
 
-def skeleton(tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> Skeleton:
+def skeleton(
+    tensors: Sequence[TensorSpec],
+    metadata: Mapping[str, str] | None = None,
+    residues: Mapping[str, int] | None = None,
+) -> Skeleton:
     """A file with these (name, shape, dtype), payload keyed by name; metadata defaults to {"format": "pt"}.
 
     Header and payload keep the given order, wider dtypes first as safetensors itself sorts them, so that every tensor
-    is aligned to its dtype; the header is padded with spaces to a multiple of 8 bytes.
+    is aligned to its dtype; the header is padded with spaces to a multiple of 8 bytes, and with `residues` further, so
+    that most bytes begin at these places modulo BLOCK.
     Raises ValueError for a name that occurs twice and KeyError for a dtype that safetensors does not have.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata if metadata is not None else {"format": "pt"})}
@@ -89,6 +95,12 @@ def skeleton(tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None =
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    wanted: Counter[int] = Counter()
+    for name, residue in (residues or {}).items():
+        at, shape, dtype = offsets[name]
+        wanted[(residue - at) % BLOCK] += prod(shape) * ITEMSIZE[dtype]
+    for place, _ in wanted.most_common(1):
+        text += b" " * ((place - 8 - len(text)) % BLOCK if place % 8 == 0 else 0)
     start = 8 + len(text)
     payload: dict[Hashable, Payload] = {
         name: Payload(start + at, shape, dtype) for name, (at, shape, dtype) in offsets.items()

@@ -71,6 +71,9 @@ class Stored:
         return prod(self.shape) * ITEMSIZE[self.dtype]
 
 
+BLOCK = 4096  # bytes of a file system's block, as far as layouts care
+
+
 @dataclass(frozen=True, slots=True)
 class Payload:
     """Where the bytes of one tensor of a file being written go.

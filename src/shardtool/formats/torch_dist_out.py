@@ -15,7 +15,7 @@ from shardtool.formats.inert import DType, Global
 from shardtool.formats.megatron_legacy import namespace
 from shardtool.formats.pickle_out import Call, Object, TensorOut
 from shardtool.formats.pickle_out import dumps as pickle_dumps
-from shardtool.formats.stored import Payload, Skeleton
+from shardtool.formats.stored import BLOCK, Payload, Skeleton
 from shardtool.formats.torch_dist import Extent, GlobalTensor
 
 # megatron-core up to 0.18 writes these four keys; 0.19 the first two, and every version reads both forms
@@ -36,14 +36,20 @@ _PLACE = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
 
 
 def data_file_skeleton(
-    items: Sequence[ChunkSpec], objects: Sequence[tuple[str, bytes]] = ()
+    items: Sequence[ChunkSpec],
+    objects: Sequence[tuple[str, bytes]] = (),
+    residues: Mapping[tuple[str, tuple[int, ...]], int] | None = None,
 ) -> tuple[Skeleton, list[tuple[int, int]]]:
     """A .distcp file before its payload: one blob per chunk, then the given object blobs.
 
-    `items` are (name, offsets, shape, dtype) of chunks; payload is keyed (name, offsets). Returns the skeleton, and
+    `items` are (name, offsets, shape, dtype) of chunks; payload is keyed (name, offsets), and `residues` are places of
+    payloads in the file (TensorOut). Returns the skeleton, and
     (position, length) of every blob: those of the items, then those of the objects.
     """
-    size, parts, places, extents = _blobs(tuple([(shape, dtype) for _, _, shape, dtype in items]))
+    wanted = residues or {}
+    size, parts, places, extents = _blobs(
+        tuple([(shape, dtype, wanted.get((name, offsets), -1)) for name, offsets, shape, dtype in items])
+    )
     payload: dict[Hashable, Payload] = {
         (name, offsets): place for (name, offsets, _, _), place in zip(items, places, strict=True)
     }
@@ -60,21 +66,23 @@ def data_file_skeleton(
 
 @lru_cache(maxsize=256)
 def _blobs(
-    tensors: tuple[tuple[tuple[int, ...], str], ...],
+    tensors: tuple[tuple[tuple[int, ...], str, int], ...],
 ) -> tuple[int, tuple[tuple[int, bytes], ...], tuple[Payload, ...], tuple[tuple[int, int], ...]]:
-    """The blobs of (shape, dtype) one after the other: size, parts, payloads, (position, length) of each.
+    """The blobs of (shape, dtype, residue) one after the other: size, parts, payloads, (position, length) of each.
 
     Ranks that differ in nothing but their number have the same.
     """
-    templates: dict[tuple[tuple[int, ...], str], Skeleton] = {}
+    templates: dict[tuple[tuple[int, ...], str, int], Skeleton] = {}
     parts: list[tuple[int, bytes]] = []
     places: list[Payload] = []
     extents: list[tuple[int, int]] = []
     pending, pending_at, position = bytearray(), 0, 0  # everything between two payloads is one part
-    for shape, dtype in tensors:
-        template = templates.get((shape, dtype))
+    for shape, dtype, residue in tensors:
+        within = (residue - position) % BLOCK if residue >= 0 else -1
+        template = templates.get((shape, dtype, within))
         if template is None:
-            template = templates[shape, dtype] = torch_zip_out.skeleton(TensorOut(None, dtype, shape))
+            template = torch_zip_out.skeleton(TensorOut(None, dtype, shape, within))
+            templates[shape, dtype, within] = template
         place = template.payload[None]
         pending += template.parts[0][1]
         if len(template.parts) == 2:

@@ -18,14 +18,13 @@ from math import prod
 
 from shardtool.formats.pickle_out import TensorOut
 from shardtool.formats.pickle_out import dumps as pickle_dumps
-from shardtool.formats.stored import ITEMSIZE, Payload, Skeleton
+from shardtool.formats.stored import BLOCK, ITEMSIZE, Payload, Skeleton
 
 _ALIGNMENT = 64
 _FULL = 0xFFFFFFFF
 _LOCAL = struct.Struct("<4s5H3L2H").pack
 _CENTRAL = struct.Struct("<4s6H3L5H2L").pack
 _UTF8, _DESCRIPTOR = 1 << 11, 1 << 3
-_PADDING = b"Z" * _ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,8 @@ def _layout(records: Sequence[_Record]) -> Skeleton:
         local_at = position
         size = len(record.data) if record.tensor is None else _nbytes(record.tensor)
         crc = zlib.crc32(record.data)
-        pending += _local_header(record.name, local_at, size)
+        residue = -1 if record.tensor is None else record.tensor.residue
+        pending += _local_header(record.name, local_at, size, residue)
         position = pending_at + len(pending)
         if record.tensor is None:
             pending += record.data
@@ -128,12 +128,12 @@ def _flags(size: int) -> int:
     return _UTF8 | (_DESCRIPTOR if size else 0)
 
 
-def _local_header(name: bytes, local_at: int, size: int) -> bytes:
+def _local_header(name: bytes, local_at: int, size: int, residue: int = -1) -> bytes:
     wide = _zip64(local_at, size, 0)  # miniz does not know the second size yet when it writes this
     # inline_container.cc, getPadding: the four bytes of the field's own header come before the aligned position
     start = local_at + 30 + len(name) + len(wide) + 4
-    padding = -start % _ALIGNMENT
-    extra = wide + b"FB" + padding.to_bytes(2, "little") + _PADDING[:padding]
+    padding = -start % _ALIGNMENT if residue < 0 else (residue - start) % BLOCK
+    extra = wide + b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
     return _LOCAL(b"PK\x03\x04", 0, _flags(size), 0, 0, 0, 0, 0, 0, len(name), len(extra)) + name + extra
 
 
