@@ -12,6 +12,7 @@ import pytest
 import error_sites
 import errors_page
 from commands import Result, command
+from shardtool.cli.main import INTERRUPTED
 
 Meanwhile = Callable[[str, int, Callable[[], object]], None]
 
@@ -29,8 +30,8 @@ def refused(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Res
             result = command(*arguments, "-q")
         error_sites.note(made, result.err + result.out)
         assert result.code == code, f"{result.command}\n{result.out}\n{result.err}"
-        assert result.err.startswith("error: "), result.err
-        assert result.err.count("error: ") == 1
+        assert result.err.startswith("interrupted" if code == INTERRUPTED else "error: "), result.err
+        assert result.err.count("error: ") == (code != INTERRUPTED)
         assert "Traceback" not in result.err
         assert "bug in shardtool" not in result.err
         assert "\nhint: " in result.err, result.err

@@ -16,6 +16,7 @@ TinyModel = Callable[[str], Path]
 Megatron = Callable[..., Path]
 Refused = Callable[..., Result]
 Copied = Callable[[Path], Path]
+Meanwhile = Callable[[str, int, Callable[[], object]], None]
 Tensors = dict[str, torch.Tensor]
 RANK_FILE = "model_optim_rng.pt"
 NORM = "model.norm.weight"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from commands import convert, done
 from shardtool import tiny
-from spoiled import CONFIG, NORM, Copied, Megatron, Refused, TinyModel
+from spoiled import CONFIG, NORM, Copied, Megatron, Refused, TinyModel, edit_config
 
 
 def rewrite_header(path: Path, change: Callable[[dict[str, Any]], object], payload: bytes = b"") -> None:
@@ -25,9 +25,6 @@ def rewrite_header(path: Path, change: Callable[[dict[str, Any]], object], paylo
     made = change(header)
     text = (made if isinstance(made, str) else json.dumps(header)).encode("utf-8", "surrogatepass")
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :] + payload)
-
-
-NORM = "model.norm.weight"
 
 
 def twice(header: dict[str, Any]) -> str:
@@ -109,8 +106,8 @@ def single(source: Path, index: dict[str, Any]) -> None:
 
 
 INDICES: dict[str, tuple[Callable[[Path, dict[str, Any]], object], str]] = {
-    "an absolute path": (rename("/etc/passwd"), "outside of its directory"),
-    "a path upwards": (rename("../model.safetensors"), "outside of its directory"),
+    "an absolute path": (rename("/etc/passwd"), "outside of the checkpoint"),
+    "a path upwards": (rename("../model.safetensors"), "outside of the checkpoint"),
     "a file that is not there": (rename("model-00099-of-00099.safetensors"), "model-00099-of-00099.safetensors"),
     "a tensor in another shard": (
         lambda _, i: i["weight_map"].update({NORM: i["weight_map"]["model.embed_tokens.weight"]}), NORM
