@@ -110,8 +110,3 @@ def test_interrupted_before_the_work_begins(
 ) -> None:
     meanwhile("llama/config.json", 1, lambda: signal.raise_signal(signal.SIGINT))
     refused(130, "hf2megatron", tiny_model("llama"), tmp_path / "dst", names=("nothing was left behind",))
-
-
-def test_a_directory_that_may_not_be_read(refused: Refused, tmp_path: Path) -> None:
-    """The kernel lists no such entries to anybody."""
-    refused(2, "inspect", "/proc/self/task/self", names=("/proc/self/task/self",))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from commands import command
+from commands import command, convert
 from spoiled import RANK_FILE, Copied, Megatron, Refused, TinyModel, edit_config, edit_rank
 
 
@@ -125,6 +126,11 @@ ARGS: dict[str, tuple[int, dict[str, object], tuple[str, ...]]] = {
     "with a window that is not causal": (1, {"window_size": (4, 4)}, ("window_size",)),
     "with an unknown position embedding": (1, {"position_embedding_type": "relative"}, ("relative",)),
     "with a larger vocabulary than the embedding": (1, {"vocab_size": 500}, ("500", "128")),
+    "with an attention that is not known": (1, {"experimental_attention_variant": "mamba"}, ("mamba",)),
+    "with a softmax that is not known": (1, {"softmax_type": "off-by-one"}, ("off-by-one",)),
+    "that name a family which is not known": (2, {"hf_model_type": "acorn"}, ("acorn",)),
+    "that name a family which cannot say them": (2, {"hf_model_type": "gpt2"}, ("gpt2",)),
+    "with entries of shardtool that are damaged": (1, {"hf_folded": {"x": 1}}, ("hf_folded",)),
     "that no Hugging Face architecture fits": (2, {"rotary_interleaved": True}, ("interleaved",)),
 }  # fmt: skip
 
@@ -169,3 +175,100 @@ def test_hf_that_is_no_model(megatron: Megatron, refused: Refused, tmp_path: Pat
     (tmp_path / "empty").mkdir()
     for given in (tmp_path / "empty", tmp_path / "nothing"):
         refused(2, "megatron2hf", megatron("llama"), tmp_path / "dst", "--hf", given, names=("config.json", given))
+
+
+EXPERT_ARGS: dict[str, tuple[dict[str, object], str]] = {
+    "of other lengths than the layers": ({"moe_layer_freq": [1, 0]}, "does not fit the layers"),
+    "that is no list": ({"moe_layer_freq": "one,two"}, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", EXPERT_ARGS)
+def test_args_with_a_layer_frequency(
+    case: str, megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    changes, name = EXPERT_ARGS[case]
+    source = edit_rank(copied(megatron("mixtral")), lambda content: vars(content["args"]).update(changes))
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=(RANK_FILE, name))
+
+
+FILES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "without a model": (lambda c: c.pop("model"), "no whole Megatron model"),
+    "with a list for the model": (lambda c: c.update(model=[1, 2]), "no state dict"),
+    "with a number among the tensors": (lambda c: c["model"].update(step=7), "no plain tensor"),
+    "without an embedding": (lambda c: c["model"].pop("embedding.word_embeddings.weight"), "no input embedding"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_rank_file(case: str, megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path) -> None:
+    change, name = FILES[case]
+    source = edit_rank(copied(megatron("llama")), change)
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=(RANK_FILE, name))
+
+
+def test_a_rank_file_that_holds_a_list(megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path) -> None:
+    source = copied(megatron("llama"))
+    torch.save([1, 2], source / "release" / "mp_rank_00" / RANK_FILE)
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=(RANK_FILE, "no Megatron checkpoint"))
+
+
+def test_folders_of_two_forms(megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path) -> None:
+    source = copied(megatron("llama", "torch", "te", 2, 2))
+    (source / "release" / "mp_rank_01_001").rename(source / "release" / "mp_rank_01")
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=(source / "release", "no set of Megatron ranks"))
+
+
+def test_folders_of_the_same_rank(megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path) -> None:
+    source = copied(megatron("llama"))
+    shutil.copytree(source / "release" / "mp_rank_00", source / "release" / "mp_rank_000")
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=(source / "release", "the same rank"))
+
+
+def test_a_folder_whose_name_lacks_a_number(
+    tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    made = convert(tiny_model("mixtral"), tmp_path / "made", "--pp", 2, "--ep", 2, "--format", "torch")
+    source = copied(made)
+    for folder in list((source / "release").iterdir()):
+        if folder.name.endswith("_000"):
+            folder.rename(folder.with_name(folder.name.removesuffix("_000")))
+        elif folder.is_dir():
+            shutil.rmtree(folder)
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=("lacks a number", source))
+
+
+def test_shards_of_experts_that_are_missing(
+    tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    options = ("--tp", 2, "--ep", 2, "--etp", 1, "--format", "torch")
+    source = copied(convert(tiny_model("mixtral"), tmp_path / "made", *options))
+    shutil.rmtree(source / "release" / "mp_rank_01_001")
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=("missing", source))
+
+
+def test_a_torch_dist_checkpoint_of_another_shape_than_its_args(
+    megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    source = copied(megatron("llama", "torch_dist"))
+    common = torch.load(source / "release" / "common.pt", weights_only=False)
+    common["args"].num_layers = 6
+    torch.save(common, source / "release" / "common.pt")
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=("of a wrong shape", "expected [6"))
+
+
+def test_args_of_another_model_than_the_tensors(
+    megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    source = edit_rank(copied(megatron("qwen2")), lambda content: vars(content["args"]).update(add_qkv_bias=False))
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=("another model than its tensors",))
+
+
+def test_a_layer_that_is_applied_twice_which_no_hugging_face_model_has(
+    megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    source = edit_rank(
+        copied(megatron("deepseek_v3")),
+        lambda content: vars(content["args"]).update(mtp_use_repeated_layer=True, mtp_num_layers=2),
+    )
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=("no Hugging Face architecture is this model",))

@@ -50,6 +50,8 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "deep JSON": (lambda _: '{"a":' + "[" * 100_000, "cannot be read"),
     "not UTF-8": (lambda _: '{"\udcff": 1}', "cannot be read"),
     "many small values": (lambda _: '{"a":[' + "[],[],[]," * 1_100_000 + "]}", "too large"),
+    "metadata that is no table": (lambda h: h.__setitem__("__metadata__", [1]), "__metadata__"),
+    "an entry without a shape": (lambda h: h[NORM].pop("shape") and None, NORM),
     "NaN": (lambda h: json.dumps(h).replace("[64]", "NaN"), "NaN"),
 }
 
@@ -62,6 +64,43 @@ def test_a_safetensors_header_with(
     change, name = HEADERS[case]
     rewrite_header(source / "model.safetensors", change)
     refused(1, "hf2megatron", source, tmp_path / "dst", names=(source, name))
+
+
+def test_a_safetensors_file_that_begins_with_something_else(
+    tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    source = copied(tiny_model("llama"))
+    path = source / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:8] + b" " + data[9:])
+    refused(1, "hf2megatron", source, tmp_path / "dst", names=(path, "begin with {"))
+
+
+def test_a_directory_in_the_place_of_a_file(
+    tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    source = copied(tiny_model("llama"))
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors").mkdir()
+    refused(1, "hf2megatron", source, tmp_path / "dst", names=(source / "model.safetensors", "a directory"))
+
+
+def test_a_link_that_leads_to_itself(tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path) -> None:
+    source = copied(tiny_model("llama"))
+    (source / "model.safetensors.index.json").symlink_to("model.safetensors.index.json")
+    refused(1, "hf2megatron", source, tmp_path / "dst", names=(source / "model.safetensors.index.json",))
+
+
+def test_a_config_that_is_no_table(tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path) -> None:
+    source = copied(tiny_model("llama"))
+    (source / "config.json").write_text("[1]")
+    refused(1, "hf2megatron", source, tmp_path / "dst", names=(source / "config.json", "no object"))
+
+
+def test_a_config_of_many_megabytes(tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path) -> None:
+    source = copied(tiny_model("llama"))
+    os.truncate(source / "config.json", 17 << 20)
+    refused(1, "hf2megatron", source, tmp_path / "dst", names=(source / "config.json", "too large"))
 
 
 def test_tensors_whose_names_differ_in_case(
@@ -116,6 +155,7 @@ INDICES: dict[str, tuple[Callable[[Path, dict[str, Any]], object], str]] = {
     "a tensor left out": (lambda _, i: i["weight_map"].pop(NORM), NORM),
     "a link out of the directory": (linked, "leads out of the checkpoint"),
     "names that differ in case": (twins, "upper and lower case"),
+    "no weight_map": (lambda _, i: i.pop("weight_map") and None, "weight_map"),
     "a second set of weights": (single, "two sets of weights"),
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from shardtool.errors import GET_AGAIN, CheckpointError, UsageError
+from shardtool.errors import GET_AGAIN, CheckpointError
 from shardtool.execute.codecs import MICRO_BLOCK
 from shardtool.formats.stored import BlockScaled, MicroScaled, Stored
 
@@ -25,7 +25,7 @@ def dequantised(stored: Mapping[str, Stored], config: Mapping[str, Any], where: 
 
     Their dtype is the model's (`torch_dtype` of config.json, else bfloat16): values are rounded to it once, unless
     another is asked for. CheckpointError names a quantised tensor without scales, scales without a tensor, and shapes
-    that do not fit; UsageError where config.json does not say how an FP8 tensor is scaled.
+    that do not fit, or that config.json does not say how an FP8 tensor is scaled.
     """
     quantisation = config.get("quantization_config") or {}
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
@@ -61,7 +61,7 @@ def _block_scaled(
         )
     block = quantisation.get("weight_block_size")
     if not (isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)):
-        raise UsageError(
+        raise CheckpointError(
             "config.json does not say which block of an FP8 tensor a scale is for", where=place,
             expected="quantization_config.weight_block_size, two sizes", found=repr(block),
             hint="take config.json again from where the model comes from",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +91,13 @@ def rank_files(directory: str | Path) -> list[tuple[Path, tuple[int, ...]]]:
             "the directory holds no set of Megatron ranks", where=str(directory),
             expected=f"mp_rank_00/{FILE_NAME} and its like", found=names or "none",
             hint="copy all mp_rank folders of one save, with their own names",
+        )  # fmt: skip
+    twice = [fields for fields, count in Counter(fields for _, fields in found).items() if count > 1]
+    if twice:  # mp_rank_00 and mp_rank_000
+        names = ", ".join(path.parent.name for path, fields in found if fields == twice[0])
+        raise CheckpointError(
+            "two folders belong to the same rank", where=str(directory), expected="one", found=names,
+            hint="remove the folder that is not of this save",
         )  # fmt: skip
     return found
 
@@ -191,10 +198,6 @@ def read_ranks(directory: str | Path) -> dict[Rank, RankFile]:
     files = {fields: read_rank(path) for path, fields in rank_files(directory)}
     ranks = resolve_rank_fields(files)
     made = {ranks[fields]: file for fields, file in files.items()}
-    if len(made) != len(files):
-        raise CheckpointError(
-            "two files belong to the same rank", where=str(directory), hint="remove the folder that is not of this save"
-        )
     _check_grid(made, str(directory))
     return made
 
