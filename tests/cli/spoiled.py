@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ Refused = Callable[..., Result]
 Copied = Callable[[Path], Path]
 Meanwhile = Callable[[str, int, Callable[[], object]], None]
 Tensors = dict[str, torch.Tensor]
+Records = list[tuple[zipfile.ZipInfo, bytes]]
 RANK_FILE = "model_optim_rng.pt"
 NORM = "model.norm.weight"
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny" / "llama.json"
@@ -44,3 +46,12 @@ def edit_rank(checkpoint: Path, change: Callable[[dict[str, Any]], object], rank
     change(content)
     torch.save(content, path)
     return checkpoint
+
+
+def repack(path: Path, change: Callable[[Records], object], compression: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path) as archive:
+        records = [(info, archive.read(info)) for info in archive.infolist()]
+    change(records)
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for info, data in records:
+            archive.writestr(info.filename, data)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fuzzing.mutations import _doubling as doubling
 from shardtool.formats.inert import brief
 from spoiled import RANK_FILE, Copied, Megatron, Refused, edit_rank
 
@@ -107,22 +105,3 @@ def test_a_rank_that_is_a_link(megatron: Megatron, copied: Copied, refused: Refu
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     refused(1, "megatron2hf", source, tmp_path / "dst", names=(RANK_FILE, "leads out"))
-
-
-def test_metadata_that_unfolds(megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path) -> None:
-    source = copied(megatron("llama", "torch_dist", "te", 1, 1))
-    path = source / "release" / ".metadata"
-    path.write_bytes(b"\x80\x02" + doubling(45) + b".")
-    refused(1, "megatron2hf", source, tmp_path / "dst", names=(".metadata",))
-    path.write_bytes(pickle.dumps({"a": 1}))
-    refused(1, "megatron2hf", source, tmp_path / "dst", names=(".metadata",))
-
-
-def test_a_distcp_file_with_another_directory_behind_a_tensor(
-    megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path
-) -> None:
-    source = copied(megatron("llama", "torch_dist", "te", 1, 1))
-    path = source / "release" / "__0_0.distcp"
-    data = path.read_bytes()
-    path.write_bytes(data.replace(b"PK\x05\x06", b"PK\x05\x07"))
-    refused(1, "megatron2hf", source, tmp_path / "dst", names=("__0_0.distcp",))
