@@ -63,10 +63,10 @@ JOINING = (
 _seen: dict[str, dict[str, list[tuple[str, Result]]]] = {}
 
 
-def record(node: pytest.Item, result: Result, tmp_path: Path) -> None:
+def record(node: pytest.Item, result: Result, said: str, tmp_path: Path) -> None:
     """Keep an error; of a test with several commands those whose text differs."""
     module = Path(str(node.path)).stem
-    text = _plain(result.err.strip(), tmp_path)
+    text = _plain(said.strip(), tmp_path)
     shown = _seen.setdefault(module, {}).setdefault(heading(node), [])
     if text not in (_text for _text, _ in shown):
         shown.append((text, Result(_plain(result.command, tmp_path), result.code, "", "")))

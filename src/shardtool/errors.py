@@ -58,6 +58,13 @@ class ShardtoolError(Exception):
         self.hint = _shown(hint)
         self.details = tuple(map(_shown, details))  # one line per further finding of the same run, folded over layers
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _revived, (
+            type(self),
+            self.args,
+            vars(self),
+        )  # workers send errors: Exception's own way knows no keywords
+
     def as_dict(self) -> dict[str, object]:
         """The error as plain data, for `--json`."""
         fields = ("what", "where", "expected", "found", "hint")
@@ -73,6 +80,12 @@ class ShardtoolError(Exception):
         if self.hint:
             lines.append(f"hint: {self.hint}")
         return "\n".join(lines)
+
+
+def _revived(kind: type[ShardtoolError], arguments: tuple[str, ...], state: dict[str, object]) -> ShardtoolError:
+    error = kind.__new__(kind, *arguments)
+    vars(error).update(state)
+    return error
 
 
 class CheckpointError(ShardtoolError):

@@ -21,27 +21,37 @@ Meanwhile = Callable[[str, int, Callable[[], object]], None]
 def refused(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Result]:
     """Run a command that must be refused with an exit code: one error that names `names` and what to do about it.
 
-    Nothing is left behind, unless the command may `keep` what it has finished.
+    Nothing is left behind, unless the command may `keep` what it has finished. With `report` the error is part of a
+    report on stdout.
     """
 
-    def run(code: int, *arguments: object, names: tuple[object, ...] = (), keep: bool = False) -> Result:
+    def run(
+        code: int, *arguments: object, names: tuple[object, ...] = (), keep: bool = False, report: bool = False
+    ) -> Result:
         before = sorted(str(path) for path in tmp_path.rglob("*"))
         with error_sites.watched() as made:
             result = command(*arguments, "-q")
         error_sites.note(made, result.err + result.out)
         assert result.code == code, f"{result.command}\n{result.out}\n{result.err}"
-        assert result.err.startswith("interrupted" if code == INTERRUPTED else "error: "), result.err
-        assert result.err.count("error: ") == (code != INTERRUPTED)
+        said = result.out if report else result.err
+        assert said.startswith(_beginning(code, report)), said
+        assert result.err.count("error: ") == (code != INTERRUPTED and not report)
         assert "Traceback" not in result.err
         assert "bug in shardtool" not in result.err
-        assert "\nhint: " in result.err, result.err
+        assert report or "\nhint: " in said, said
         for name in names:
-            assert str(name) in result.err, f"{name!r} is not in\n{result.err}"
+            assert str(name) in said, f"{name!r} is not in\n{said}"
         assert keep or sorted(str(path) for path in tmp_path.rglob("*")) == before
-        errors_page.record(request.node, result, tmp_path)
+        errors_page.record(request.node, result, said, tmp_path)
         return result
 
     return run
+
+
+def _beginning(code: int, report: bool) -> str:
+    if report:
+        return ""
+    return "interrupted" if code == INTERRUPTED else "error: "
 
 
 @pytest.fixture
