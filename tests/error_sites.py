@@ -31,9 +31,10 @@ CLASSES = (
     "RankError",
     "Interrupted",
 )
-WORKERS = (
-    "verify/"  # its modules run in processes of their own, whose stacks nobody sees: their errors go by their text
-)
+# Their errors go by their text: verify's workers are processes of their own, whose stacks nobody sees, and a
+# translation's reasons are collected before one error is made of them
+BY_TEXT = ("verify/", "translate/")
+LEAST = 8  # characters of a text that are its own
 
 Line = tuple[str, int]
 
@@ -47,6 +48,7 @@ class Site:
     last: int
     text: str  # as in the source, for people
     pattern: str | None
+    reason: bool = False  # a ValueError, whose text becomes a part of an error
 
     @property
     def path(self) -> str:
@@ -60,8 +62,9 @@ class Site:
         """Whether an error of this place was printed."""
         if any((self.path, line) in lines for line in range(self.first, self.last + 1)):
             return True
-        by_text = self.path.startswith(WORKERS) and self.pattern is not None
-        return by_text and any(re.search(str(self.pattern), text) for text in texts)
+        by_text = self.reason or self.path.startswith(BY_TEXT)
+        pattern = self.pattern if by_text and self.pattern is not None else None
+        return pattern is not None and any(re.search(pattern, text) for text in texts)
 
 
 class _Places(ast.NodeVisitor):
@@ -95,32 +98,46 @@ class _Places(ast.NodeVisitor):
             and isinstance(call.func, ast.Name)
             and call.func.id in ("ValueError", "TypeError")
         ):
-            self._add(node, call)
+            self._add(node, call, reason=True)
         self.generic_visit(node)
 
-    def _add(self, node: ast.AST, call: ast.Call) -> None:
+    def _add(self, node: ast.Call | ast.Raise, call: ast.Call, *, reason: bool = False) -> None:
         texts = [argument for argument in call.args if isinstance(argument, ast.Constant | ast.JoinedStr)]
         text = ast.unparse(texts[0])[:100] if texts else "(a text of its caller)"
         function = f"{self.path}:{'.'.join(self.inside)}"
         pattern = _pattern(texts[0]) if texts else None
-        self.found.append(Site(function, node.lineno, node.end_lineno or node.lineno, text.strip("'\"f"), pattern))
+        self.found.append(
+            Site(
+                function,
+                node.lineno,
+                node.end_lineno or node.lineno,
+                text.removeprefix("f").strip("'\""),
+                pattern,
+                reason,
+            )
+        )
 
 
 def _pattern(text: ast.expr) -> str | None:
-    if isinstance(text, ast.Constant):
-        return re.escape(str(text.value))
-    assert isinstance(text, ast.JoinedStr)
-    return "".join(re.escape(str(part.value)) if isinstance(part, ast.Constant) else ".*" for part in text.values)
+    parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+    fixed = [str(part.value) if isinstance(part, ast.Constant) else None for part in parts]
+    if sum(map(len, filter(None, fixed))) < LEAST:
+        return None
+    return "".join(".*" if part is None else re.escape(part) for part in fixed)
 
 
 @cache
 def sites() -> tuple[Site, ...]:
     """Every place in the source that makes an error."""
     trees = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
+    made = {
+        path: {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and _makes_errors(node)}
+        for path, tree in trees.items()
+    }
+    shared = {name for names in made.values() for name in names if not name.startswith("_")}
     found: list[Site] = []
     for path, tree in trees.items():
-        own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and _makes_errors(node)}
-        visitor = _Places(path, frozenset(own) | frozenset(CLASSES))
+        visitor = _Places(path, frozenset(made[path] | shared) | frozenset(CLASSES))
         visitor.visit(tree)
         found += visitor.found
     return tuple(found)

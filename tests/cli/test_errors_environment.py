@@ -74,6 +74,17 @@ def test_the_source_changes_during_the_conversion(
     refused(1, "hf2megatron", source, tmp_path / "dst", names=(source / "model.safetensors", "changed"))
 
 
+def test_a_file_vanishes_while_it_is_looked_at(
+    tiny_model: TinyModel, copied: Copied, meanwhile: Meanwhile, refused: Refused, tmp_path: Path
+) -> None:
+    source = copied(tiny_model("llama"))
+    weights = source / "model.safetensors"
+    for times in (1, 2):  # when its header is read, when it is identified
+        meanwhile(weights.name, times, lambda: weights.rename(source / "aside"))
+        refused(1, "hf2megatron", source, tmp_path / "dst", names=(weights, "cannot be read"), keep=True)
+        (source / "aside").rename(weights)
+
+
 def test_the_config_vanishes_during_the_conversion(
     tiny_model: TinyModel, copied: Copied, meanwhile: Meanwhile, refused: Refused, tmp_path: Path
 ) -> None:

@@ -41,6 +41,8 @@ CONFIGS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "a word for a number": ({"num_hidden_layers": "four"}, ("num_hidden_layers",)),
     "a negative size": ({"hidden_size": -64}, ("hidden_size",)),
     "heads that do not divide into groups": ({"num_key_value_heads": 3}, ("num_key_value_heads",)),
+    "no heads": ({"num_attention_heads": 0, "head_dim": None}, ("describes no model",)),
+    "a list for a number": ({"attention_dropout": [1]}, ("describes no model", "attention_dropout")),
     "one size that no other fits": ({"num_attention_heads": 0}, ("config.json",)),
     "an activation that Megatron's args cannot say": (
         {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "hidden_act": "relu"}, ("cannot be converted", "relu")
@@ -89,6 +91,14 @@ def test_yarn_on_latent_attention(
     scaling, name = LATENT[case]
     source = edit_config(copied(tiny_model("deepseek_v3")), rope_scaling=scaling, rope_parameters=None)
     refused(2, "hf2megatron", source, tmp_path / "dst", names=("cannot be converted", name))
+
+
+def test_a_number_that_no_float_holds(tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path) -> None:
+    source = copied(tiny_model("llama"))
+    text = (source / "config.json").read_text()
+    assert '"rms_norm_eps": 1e-05' in text
+    (source / "config.json").write_text(text.replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e999'))
+    refused(1, "hf2megatron", source, tmp_path / "dst", names=("config.json: norm_eps", "inf"))
 
 
 def test_a_broken_config(tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path) -> None:

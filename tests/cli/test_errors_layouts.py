@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+import builds
 from spoiled import Refused, TinyModel
 
 # the options, and what the error names
@@ -73,3 +75,10 @@ def test_a_model_that_megatron_core_computes_differently(
 def test_two_options_that_exclude_each_other(tiny_model: TinyModel, refused: Refused, tmp_path: Path) -> None:
     options = ("--no-checksums", "--tensor-digests")
     refused(2, "hf2megatron", tiny_model("llama"), tmp_path / "dst", *options, names=options)
+
+
+def test_multi_token_prediction_before_the_last_layer(tiny_model: TinyModel, refused: Refused, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_model("deepseek_v3"), tmp_path / "source")
+    builds.with_multi_token_prediction(source)
+    arguments = ("hf2megatron", source, tmp_path / "dst", "--pp", 2, "--pipeline-layout")
+    refused(2, *arguments, "Et*2mt|t*LAYERSL".replace("*LAYERS", ""), names=("MTP",))

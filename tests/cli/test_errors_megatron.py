@@ -241,10 +241,17 @@ def test_a_folder_whose_name_lacks_a_number(
 def test_shards_of_experts_that_are_missing(
     tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path
 ) -> None:
+    """The args say that the experts are split further than there are files."""
     options = ("--tp", 2, "--ep", 2, "--etp", 1, "--format", "torch")
     source = copied(convert(tiny_model("mixtral"), tmp_path / "made", *options))
-    shutil.rmtree(source / "release" / "mp_rank_01_001")
-    refused(1, "megatron2hf", source, tmp_path / "dst", names=("missing", source))
+
+    def split_further(content: dict[str, Any]) -> None:
+        args = vars(content["args"])
+        args.update(expert_tensor_parallel_size=2, moe_ffn_hidden_size=2 * args["moe_ffn_hidden_size"])
+
+    for rank in ("mp_rank_00_000", "mp_rank_01_001"):
+        edit_rank(source, split_further, rank)
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=("shards of the experts are missing", source))
 
 
 def test_a_torch_dist_checkpoint_of_another_shape_than_its_args(

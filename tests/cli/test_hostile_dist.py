@@ -131,6 +131,26 @@ def test_another_backend(megatron: Megatron, copied: Copied, refused: Refused, t
     refused(1, "megatron2hf", source, tmp_path / "dst", names=("metadata.json", "zarr"))
 
 
+NAMES: dict[str, tuple[dict[str, str], str]] = {
+    "halves of different shapes": ({LAST: "x.weight_w", OTHER: "x.weight_v"}, "differ in shape"),
+    "the fourth expert alone": (
+        {LAST: "decoder.layers.0.mlp.experts.experts.3.linear_fc1.weight"}, "do not make one tensor"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_tensors_that_are(case: str, megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path) -> None:
+    source = copied(megatron("llama", "torch_dist"))
+    names, said = NAMES[case]
+    path = source / "release" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for old, new in names.items():
+        rename(metadata, old, new)
+    path.write_bytes(pickle.dumps(metadata))
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=(said,))
+
+
 def test_a_checkpoint_without_an_embedding(
     megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path
 ) -> None:
