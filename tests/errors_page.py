@@ -41,24 +41,16 @@ What no error can tell: a changed bit in a weight of a safetensors file (there i
 
 `SRC` is the broken checkpoint, `DST` the directory that was to be made, `MODEL` a good one.
 """
-# after these a case goes on in the same sentence
-JOINING = (
-    "with",
-    "that",
-    "of",
-    "is",
-    "in",
-    "has",
-    "by",
-    "one",
-    "another",
-    "a",
-    "for",
-    "version",
-    "args",
-    "exchanged",
-    "be",
-)
+# a case that begins, or follows a name that ends, like this goes on in the same sentence; others come after a colon
+BEFORE = ("with", "have", "that", "of", "is", "are", "in", "be", "version", "args", "exchanged", "another")
+AFTER = ("with", "without", "that", "of", "in", "at", "before", "makes", "falls", "fails")
+# what the names of tests cannot spell
+SPELT = {
+    "torch dist": "torch_dist", "megatron core": "megatron-core", "hugging face": "Hugging Face", "mxfp4": "MXFP4",
+    "fp8": "FP8", "ctrl c": "Ctrl-C", "pytorch model bin": "pytorch_model.bin", "common pt": "common.pt", "hf": "--hf",
+    "torch 1 6": "torch 1.6", "metadata": ".metadata", "dst": "DST", "src": "SRC", "distcp": ".distcp",
+    "max shard size": "--max-shard-size",
+}  # fmt: skip
 
 _seen: dict[str, dict[str, list[tuple[str, Result]]]] = {}
 
@@ -79,10 +71,14 @@ def heading(node: pytest.Item) -> str:
     """
     words = getattr(node, "originalname", node.name).removeprefix("test_").replace("_", " ")
     call = getattr(node, "callspec", None)
+    for plain, spelt in SPELT.items():
+        words = re.sub(rf"\b{plain}\b", spelt, words)
     if call is not None:
         assert set(call.params) == {"case"}, f"{node.name}: the cases of the page have one parameter, `case`"
-        words += (" " if words.split()[-1] in JOINING else ": ") + str(call.params["case"])
-    return words[0].upper() + words[1:].strip()
+        case = str(call.params["case"]) or "nothing"
+        joined = words.split()[-1] in BEFORE or case.split()[0] in AFTER
+        words += (" " if joined else ": ") + case
+    return words[0].upper() + words[1:] if words[0] != "-" else words
 
 
 def _plain(text: str, tmp_path: Path) -> str:

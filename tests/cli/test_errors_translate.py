@@ -29,7 +29,9 @@ def test_a_model_that_the_target_cannot_hold(
     case: str, tiny_model: TinyModel, refused: Refused, tmp_path: Path
 ) -> None:
     source, _, target = case.partition(" to ")
-    refused(2, "translate", tiny_model(source), tmp_path / "dst", "--to", target, names=("cannot be a", target))
+    refused(
+        2, "translate", tiny_model(source), tmp_path / "dst", "--to", target, names=("cannot be translated to", target)
+    )
 
 
 def test_a_model_that_nothing_here_holds(

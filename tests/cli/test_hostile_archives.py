@@ -88,7 +88,7 @@ RECORDS: dict[str, tuple[Callable[[bytearray], None], str]] = {
 
 
 @pytest.mark.parametrize("case", RECORDS)
-def test_a_torch_archive_of_bytes_with(
+def test_a_torch_archive_whose_bytes_have(
     case: str, megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path
 ) -> None:
     source = copied(megatron("llama"))

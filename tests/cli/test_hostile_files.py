@@ -145,8 +145,8 @@ def single(source: Path, index: dict[str, Any]) -> None:
 
 
 INDICES: dict[str, tuple[Callable[[Path, dict[str, Any]], object], str]] = {
-    "an absolute path": (rename("/etc/passwd"), "outside of the checkpoint"),
-    "a path upwards": (rename("../model.safetensors"), "outside of the checkpoint"),
+    "an absolute path": (rename("/etc/passwd"), "outside of its directory"),
+    "a path upwards": (rename("../model.safetensors"), "outside of its directory"),
     "a file that is not there": (rename("model-00099-of-00099.safetensors"), "model-00099-of-00099.safetensors"),
     "a tensor in another shard": (
         lambda _, i: i["weight_map"].update({NORM: i["weight_map"]["model.embed_tokens.weight"]}), NORM

@@ -68,7 +68,7 @@ def plain_file(directory: Path, name: object, where: str) -> Path:
     """
     if not isinstance(name, str) or not name or name in (".", "..") or any(mark in name for mark in "/\\\0"):
         raise CheckpointError(
-            "a file outside of the checkpoint is named", where=where, expected="a plain file name",
+            "a name leads to a file outside of its directory", where=where, expected="a plain file name",
             found=repr(name)[:100], hint="do not use this checkpoint: an honest index has no such entry",
         )  # fmt: skip
     return inside(directory, directory / name)

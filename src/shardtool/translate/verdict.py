@@ -88,7 +88,7 @@ class UntranslatableError(UsageError):
 
     def __init__(self, verdict: Verdict, where: str | None = None, hint: str = IMPOSSIBLE) -> None:
         super().__init__(
-            f"this {verdict.source} model cannot be a {verdict.target}",
+            f"this {verdict.source} model cannot be translated to {verdict.target}",
             where=where,
             details=verdict.reasons,
             hint=hint,
