@@ -233,8 +233,9 @@ def test_a_value_that_is_none_of_the_known_ones():
     with pytest.raises(UsageError, match="hidden_act") as error:
         read(config_of("llama", hidden_act="xielu"))
     assert "xielu" in error.value.what
-    with pytest.raises(UsageError, match="rms_norm_eps cannot be read"):
+    with pytest.raises(CheckpointError, match="describes no model") as broken:
         read(config_of("llama", rms_norm_eps="small"))
+    assert broken.value.where == "config.json: rms_norm_eps"
 
 
 def test_an_unknown_architecture_names_the_known_ones():
