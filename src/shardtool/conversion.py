@@ -272,7 +272,12 @@ def _write_last(
     below = f"{prepared.subdirectory}/" if prepared.subdirectory else ""
     files = {below + name: listed(record, prepared.target) for name, record in stage.records().items()}
     if lacking := [name for name in prepared.target.skeletons if below + name not in files]:
-        raise ShardtoolError("files were not finished", where=str(stage.output), details=tuple(lacking[:20]))
+        raise ShardtoolError(
+            "files were not finished",
+            where=str(stage.output),
+            details=tuple(lacking[:20]),
+            hint="this is a bug in shardtool: report it with the output of `shardtool --debug ...`",
+        )
 
     def put(name: str, data: bytes) -> None:
         write_small(stage.output / name, data)

@@ -18,6 +18,7 @@ from shardtool.checkpoint.huggingface import (
     huggingface_target,
     open_huggingface,
     read_config,
+    understood,
 )  # fmt: skip
 from shardtool.checkpoint.limits import check_exportable, check_tied_mtp, version_notes
 from shardtool.checkpoint.megatron import Megatron, read_megatron
@@ -26,7 +27,7 @@ from shardtool.checkpoint.opened import Opened
 from shardtool.checkpoint.structure import structure
 from shardtool.checkpoint.target import resolve_dtypes, target_tensors
 from shardtool.conversion import Prepared, Summary, execute, shareable
-from shardtool.errors import CheckpointError, UsageError
+from shardtool.errors import CheckpointError, UsageError, unknown_value
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import axis_sizes, standard
 from shardtool.families.exactness import inexact
@@ -159,7 +160,7 @@ def _to_megatron(
     if a.centred_norms:
         target_layout = centred(target_layout)
     made = plan(source.layout, target_layout, pad=options.vocab_pad)
-    dtypes = resolve_dtypes(made, source.headers, DTYPES.get(options.dtype))
+    dtypes = resolve_dtypes(made, source.headers, DTYPES.get(options.dtype), str(source.path))
     tensors = target_tensors(made, dtypes)
     shared = shareable(made, tensors, source) if options.reflink else None
     main = next(tensor.dtype for tensor in tensors if tensor.key[1] == "embedding.word_embeddings.weight")
@@ -227,9 +228,9 @@ def _check_options(options: MegatronOptions, a: Architecture) -> None:
         ("--mtp-name", options.mtp_name, ("transformer_layer", "mtp_model_layer")),
     ):
         if value not in known:
-            raise UsageError(f"{name} {value!r} is not known", expected=" or ".join(known), found=value)
+            raise unknown_value(name, value, known)
     if options.vocab_divisible_by < 1:
-        raise UsageError("--vocab-divisible-by must be at least 1", found=str(options.vocab_divisible_by))
+        raise unknown_value("--vocab-divisible-by", options.vocab_divisible_by, ["1 or more"])
     if a.moe and a.linear_bias and options.mesh.expert_tp > 1:
         raise UsageError(
             "experts with biases are not split over tensor parallel ranks",
@@ -257,7 +258,7 @@ def prepare_megatron2hf(
     """
     source = read_megatron(src)
     if dtype not in ("keep", *DTYPES):
-        raise UsageError(f"--dtype {dtype!r} is not known", expected="keep, bf16, fp16 or fp32", found=dtype)
+        raise unknown_value("--dtype", dtype, ("keep", *DTYPES))
     notes = _left_behind(source) + _inexact_note(source.architecture)
     check_exportable(source)
     if differences := _differences(source):
@@ -276,7 +277,7 @@ def prepare_megatron2hf(
     opened = source.open(rules, a.vocab_size)
     layout = huggingface_layout(rules, axis_sizes(a))
     made = plan(opened.layout, layout)
-    dtypes = resolve_dtypes(made, opened.headers, DTYPES.get(dtype))
+    dtypes = resolve_dtypes(made, opened.headers, DTYPES.get(dtype), str(src))
     tensors = target_tensors(made, dtypes)
     target = huggingface_target(tensors, max_shard_size, shareable(made, tensors, opened) if reflink else None)
     main = next(tensor.dtype for tensor in tensors)
@@ -305,8 +306,7 @@ def _target_family(source: Megatron, hf: Path | None) -> tuple[Family, Architect
         family = infer_family(a, str(source.args[FAMILY_NAME]) if source.args.get(FAMILY_NAME) else None)
         return family, replace(a, family=family.model_type), {}
     config = read_config(hf)
-    family = family_of(config)
-    theirs = family.read_config(config)
+    family, theirs = understood(lambda: _read(config), hf)
     # what the weights contain is the given config's to say: a run of Megatron-LM does not keep it in its args
     ignore = {"family", "mtp_layers", "folded", *TRAINING_ONLY}
     if a.rope is not None:
@@ -322,6 +322,11 @@ def _target_family(source: Megatron, hf: Path | None) -> tuple[Family, Architect
             hint="give the config of the model that was trained, or leave out --hf to have config.json made from the args",
         )
     return family, replace(theirs, mtp_layers=a.mtp_layers), config
+
+
+def _read(config: Mapping[str, Any]) -> tuple[Family, Architecture]:
+    family = family_of(config)
+    return family, family.read_config(config)
 
 
 def _inexact_note(a: Architecture) -> tuple[str, ...]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import overload
 
 LONGEST = 2000  # characters of one part of an error
+GET_AGAIN = "download or copy the file again, and compare its size or checksum with the original"
+
+BUG = "this is a bug in shardtool: report it with the output of `shardtool --debug ...`"
 
 
 @overload
@@ -42,7 +47,7 @@ class ShardtoolError(Exception):
         where: str | None = None,
         expected: str | None = None,
         found: str | None = None,
-        hint: str | None = None,
+        hint: str,
         details: tuple[str, ...] = (),
     ) -> None:
         super().__init__(what)
@@ -52,6 +57,13 @@ class ShardtoolError(Exception):
         self.found = _shown(found)
         self.hint = _shown(hint)
         self.details = tuple(map(_shown, details))  # one line per further finding of the same run, folded over layers
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _revived, (
+            type(self),
+            self.args,
+            vars(self),
+        )  # workers send errors: Exception's own way knows no keywords
 
     def as_dict(self) -> dict[str, object]:
         """The error as plain data, for `--json`."""
@@ -68,6 +80,12 @@ class ShardtoolError(Exception):
         if self.hint:
             lines.append(f"hint: {self.hint}")
         return "\n".join(lines)
+
+
+def _revived(kind: type[ShardtoolError], arguments: tuple[str, ...], state: dict[str, object]) -> ShardtoolError:
+    error = kind.__new__(kind, *arguments)
+    vars(error).update(state)
+    return error
 
 
 class CheckpointError(ShardtoolError):
@@ -89,3 +107,94 @@ class Interrupted(ShardtoolError):  # noqa: N818 - what the user has done is no 
 
     exit_code = 130
     kind = "interrupted"
+
+
+# --- errors that several places give ---------------------------------------------------------------------------------
+
+
+def reason(error: Exception) -> str:
+    """What the system or a library says, without the path, which `where` gives."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (said.splitlines() or [type(error).__name__])[0][:200]
+
+
+def unreadable(where: str, found: str) -> CheckpointError:
+    """A file that the system does not give."""
+    return CheckpointError(
+        "a file cannot be read", where=where, found=found, hint="see that the file is there, whole, and yours to read"
+    )
+
+
+def cut_off(where: str, expected: int, found: int) -> CheckpointError:
+    """A file with fewer bytes than what describes it says."""
+    return CheckpointError(
+        "the file is cut off",
+        where=where,
+        expected=f"at least {expected} bytes",
+        found=f"{found} bytes",
+        hint=GET_AGAIN,
+    )
+
+
+def refused_by_the_system(
+    error: OSError,
+    where: str | None = None,
+    found: str | None = None,
+    hint: str = "give the same command again when that is mended",
+) -> UsageError:
+    """No room, no permission, a device that fails: none of it the checkpoint's fault."""
+    place = str(error.filename or "") or where
+    return UsageError(f"the system refused: {reason(error)}", where=place, found=found, hint=hint)
+
+
+def unknown_value(name: str, value: object, known: Iterable[str]) -> UsageError:
+    """An option with a value that it does not have."""
+    return UsageError(
+        f"{name} does not know {str(value)!r}", expected=", ".join(known), found=str(value),
+        hint=f"give {name} one of the values above",
+    )  # fmt: skip
+
+
+def heads_and_groups(heads: object, groups: object, where: str) -> CheckpointError:
+    """Grouped query attention that cannot be."""
+    return CheckpointError(
+        "the attention heads do not divide into the query groups", where=where,
+        expected=f"a number of groups that divides {heads} heads", found=f"{groups} groups",
+        hint="correct the one that is wrong: the shape of the key projection tells the number of groups",
+    )  # fmt: skip
+
+
+def no_model(where: str, expected: str, found: str) -> CheckpointError:
+    """An entry of a config.json that no model has."""
+    return CheckpointError(
+        "the config describes no model", where=where, expected=expected, found=found,
+        hint="take config.json again from where the model comes from",
+    )  # fmt: skip
+
+
+def too_few_rows(where: str, vocabulary: int, rows: int) -> CheckpointError:
+    """An embedding that has no row for some token."""
+    return CheckpointError(
+        "the embedding has fewer rows than the vocabulary", where=where, expected=f"at least {vocabulary} rows",
+        found=f"{rows} rows", hint="correct vocab_size in the args (or in config.json), or copy the ranks that are missing",
+    )  # fmt: skip
+
+
+def no_embedding(where: str) -> CheckpointError:
+    """A checkpoint without the tensor that every model begins with."""
+    return CheckpointError(
+        "the first pipeline stage has no input embedding", where=where, expected="embedding.word_embeddings.weight",
+        hint="see with `shardtool inspect` whether this is a GPT model, and copy the first stage again",
+    )  # fmt: skip
+
+
+@contextmanager
+def located(name: str, place: str) -> Iterator[None]:
+    """Errors from within that name `name` (config.json, args) name `place`, where it lies, in its stead."""
+    try:
+        yield
+    except ShardtoolError as error:
+        head, mark, tail = (error.where or "").partition(":")
+        if head == name:
+            error.where = _shown(place) + mark + tail
+        raise

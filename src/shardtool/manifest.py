@@ -16,10 +16,11 @@ from typing import Any
 
 from shardtool import __version__
 from shardtool.checkpoint.target import Target
-from shardtool.errors import CheckpointError, UsageError
+from shardtool.errors import GET_AGAIN, CheckpointError, UsageError
 from shardtool.execute.digests import Span, hash_file
 from shardtool.execute.journal import Record
 from shardtool.formats.hf_index import strict_json
+from shardtool.formats.small_files import read_small
 
 MANIFEST = "shardtool.json"
 FORMAT = 1
@@ -171,9 +172,7 @@ def read_files(directory: Path) -> dict[str, ManifestFile]:
             where=str(directory),
             hint="only what shardtool has written has a manifest to check against",
         )
-    if path.stat().st_size > LARGEST:
-        raise CheckpointError("the manifest is too large", where=str(path), expected=f"at most {LARGEST} bytes")
-    data: dict[str, Any] = strict_json(path.read_bytes(), str(path))
+    data: dict[str, Any] = strict_json(read_small(path, LARGEST), str(path))
     try:
         if data["shardtool_manifest"] != FORMAT:
             raise ValueError(f"format {data['shardtool_manifest']!r}")
@@ -183,13 +182,17 @@ def read_files(directory: Path) -> dict[str, ManifestFile]:
         }
         bare = [name for name, file in found.items() if not file.sha256]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError("the manifest is damaged", where=str(path), found=str(error)[:200]) from None
+        raise CheckpointError("the manifest is damaged", where=str(path), found=_told(error), hint=GET_AGAIN) from None
     if bare:
         raise UsageError(
             "the manifest has no checksums", where=str(path), found="written with --no-checksums",
             hint="convert again without --no-checksums",
         )  # fmt: skip
     return found
+
+
+def _told(error: Exception) -> str:
+    return f"no entry {error}" if isinstance(error, KeyError) else str(error)[:200]
 
 
 def _inside(name: Any) -> str:

@@ -150,7 +150,9 @@ def _open_tensors(folder: Path) -> dict[str, Any]:
     files: list[Any] = [safe_open(file, framework="pt") for file in sorted(folder.glob("*.safetensors"))]
     tensors = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
     if not tensors:
-        raise CheckpointError("no tensors to compare", where=str(folder), expected="*.safetensors")
+        raise CheckpointError(
+            "no tensors to compare", where=str(folder), expected="*.safetensors", hint="give a Hugging Face directory"
+        )
     return tensors
 
 

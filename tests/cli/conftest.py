@@ -3,35 +3,55 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+import error_sites
 import errors_page
 from commands import Result, command
+from shardtool.cli.main import INTERRUPTED
+
+Meanwhile = Callable[[str, int, Callable[[], object]], None]
 
 
 @pytest.fixture
 def refused(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Result]:
-    """Run a command that must be refused with an exit code: one error that names `names`, and nothing left behind."""
+    """Run a command that must be refused with an exit code: one error that names `names` and what to do about it.
 
-    def run(code: int, *arguments: object, names: tuple[object, ...] = (), hint: bool = True) -> Result:
+    Nothing is left behind, unless the command may `keep` what it has finished. With `report` the error is part of a
+    report on stdout.
+    """
+
+    def run(
+        code: int, *arguments: object, names: tuple[object, ...] = (), keep: bool = False, report: bool = False
+    ) -> Result:
         before = sorted(str(path) for path in tmp_path.rglob("*"))
-        result = command(*arguments, "-q")
+        with error_sites.watched() as made:
+            result = command(*arguments, "-q")
+        error_sites.note(made, result.err + result.out)
         assert result.code == code, f"{result.command}\n{result.out}\n{result.err}"
-        assert result.err.startswith("error: "), result.err
-        assert result.err.count("error: ") == 1
+        said = result.out if report else result.err
+        assert said.startswith(_beginning(code, report)), said
+        assert result.err.count("error: ") == (code != INTERRUPTED and not report)
         assert "Traceback" not in result.err
         assert "bug in shardtool" not in result.err
-        assert "\nhint: " in result.err or not hint, result.err
+        assert report or "\nhint: " in said, said
         for name in names:
-            assert str(name) in result.err, f"{name!r} is not in\n{result.err}"
-        assert sorted(str(path) for path in tmp_path.rglob("*")) == before
-        errors_page.record(request.node, result, tmp_path)
+            assert str(name) in said, f"{name!r} is not in\n{said}"
+        assert keep or sorted(str(path) for path in tmp_path.rglob("*")) == before
+        errors_page.record(request.node, result, said, tmp_path)
         return result
 
     return run
+
+
+def _beginning(code: int, report: bool) -> str:
+    if report:
+        return ""
+    return "interrupted" if code == INTERRUPTED else "error: "
 
 
 @pytest.fixture
@@ -44,6 +64,34 @@ def copied(tmp_path: Path) -> Callable[[Path], Path]:
     return copy
 
 
+_watching: list[tuple[str, list[int], Callable[[], object]]] = []
+
+
+def _opened(event: str, arguments: tuple[object, ...]) -> None:
+    if not _watching or event != "open":
+        return
+    for entry in list(_watching):
+        ending, left, action = entry
+        if str(arguments[0]).endswith(ending):
+            left[0] -= 1
+            if left[0] == 0:
+                _watching.remove(entry)
+                action()
+
+
+@pytest.fixture
+def meanwhile() -> Iterator[Meanwhile]:
+    """`meanwhile("config.json", 2, action)`: when a file of this name is opened for the second time, something happens.
+
+    So another process's doing falls into the same moment of every run.
+    """
+    if not getattr(sys, "_shardtool_tests_listen", False):
+        sys.addaudithook(_opened)  # cannot be taken away again
+        sys._shardtool_tests_listen = True  # type: ignore[attr-defined]
+    yield lambda ending, count, action: _watching.append((ending, [count], action))
+    _watching.clear()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The page is compared when every error has been seen."""
-    items.sort(key=lambda item: item.name == "test_the_page_of_errors")
+    items.sort(key=lambda item: Path(str(item.path)).stem == "test_errors_page")

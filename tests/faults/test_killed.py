@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -16,10 +15,6 @@ import killed
 from commands import command, done
 from shardtool import convert
 from shardtool.execute import tiles
-from shardtool.families.blocks import axis_sizes
-from shardtool.families.registry import family_of
-from shardtool.formats import safetensors_files
-from shardtool.layout.huggingface import huggingface_layout
 from shardtool.layout.mesh import Mesh
 
 
@@ -120,31 +115,6 @@ def test_bytes_do_not_depend_on_jobs_or_tiles(
     assert "shardtool.json" in trees[0]
 
 
-def test_a_source_that_changes_meanwhile(tiny_model, tmp_path: Path) -> None:
-    """Another writer touches the source while it is read: an error, and no DST."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for file in tiny_model("llama").iterdir():
-        (source / file.name).write_bytes(file.read_bytes())
-    prepared = convert.prepare_hf2megatron(source, convert.MegatronOptions())
-
-    def touch(_: int, __: str) -> None:
-        os.utime(source / "model.safetensors")
-
-    with pytest.raises(convert.CheckpointError, match="changed during the conversion") as caught:
-        convert.execute(prepared, tmp_path / "dst", progress=touch)
-    assert str(caught.value.where).endswith("source/model.safetensors")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
-
-    def remove(_: int, __: str) -> None:
-        (source / "config.json").unlink(missing_ok=True)
-
-    with pytest.raises(convert.CheckpointError, match="cannot be read") as caught:
-        convert.execute(prepared, tmp_path / "dst", progress=remove)
-    assert str(caught.value.where).endswith("source/config.json")
-    assert not (tmp_path / "dst").exists()
-
-
 def test_other_options_or_another_source_start_over(made: list[killed.Case], tmp_path: Path) -> None:
     """A kept run is taken up by its own command only."""
     case, dst = made[2], tmp_path / "dst"
@@ -156,26 +126,6 @@ def test_other_options_or_another_source_start_over(made: list[killed.Case], tmp
     assert "is of another run" in again.stderr
     assert "starting over" in again.stderr
     assert killed.tree(dst) == case.expected
-
-
-def test_too_little_disk(tmp_path: Path) -> None:
-    """A model that no disk holds, of which only the header is there: one error with both numbers, and no trace."""
-    source = tmp_path / "source"
-    source.mkdir()
-    config = {**killed.CONFIG, "vocab_size": 1 << 31, "num_hidden_layers": 1, "tie_word_embeddings": True}
-    (source / "config.json").write_text(json.dumps(config))
-    family = family_of(config)
-    a = family.read_config(config)
-    layout = huggingface_layout(family.rules(a), axis_sizes(a))
-    skeleton = safetensors_files.skeleton([(key[1], layout.shape(piece), "float16") for key, piece in layout.tensors()])
-    with (source / "model.safetensors").open("wb") as file:
-        file.write(skeleton.parts[0][1])
-        file.truncate(skeleton.size)
-    result = command("hf2megatron", source, tmp_path / "dst", "-q")
-    assert result.code == 2
-    assert "not enough disk space" in result.err
-    assert "bytes free" in result.err
-    assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
 
 
 def test_the_script_reports(tmp_path: Path) -> None:

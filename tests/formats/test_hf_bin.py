@@ -43,7 +43,7 @@ def test_shards(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="outside of its directory"):
         read_checkpoint(tmp_path)
     index.write_text(json.dumps({"weight_map": {**files, "c": files["a"]}}))
-    with pytest.raises(CheckpointError, match=r"lacks tensors that the index promises\n.*\n  expected: c"):
+    with pytest.raises(CheckpointError, match=r"lacks tensors that the index places there\n.*\n  expected: c"):
         read_checkpoint(tmp_path)
 
 

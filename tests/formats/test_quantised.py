@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shardtool.checkpoint.quantised import dequantised
-from shardtool.errors import CheckpointError, UsageError
+from shardtool.errors import CheckpointError
 from shardtool.formats.stored import BlockScaled, MicroScaled, Stored
 
 CONFIG = {"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
@@ -48,8 +48,8 @@ def test_tensors_that_are_not_quantised_stay():
     [
         ({"w": tensor((4, 4), "float8_e4m3fn")}, CONFIG, CheckpointError, "no scales"),
         (fp8(scale=(3, 5)), CONFIG, CheckpointError, "do not fit it"),
-        (fp8(), {"quantization_config": {"quant_method": "fp8"}}, UsageError, "which block"),
-        (fp8(), {"quantization_config": {"weight_block_size": [0, 128]}}, UsageError, "which block"),
+        (fp8(), {"quantization_config": {"quant_method": "fp8"}}, CheckpointError, "which block"),
+        (fp8(), {"quantization_config": {"weight_block_size": [0, 128]}}, CheckpointError, "which block"),
         (fp8() | {"w_scale_inv": tensor((5, 3), "uint8")}, CONFIG, CheckpointError, "not known"),
         (mxfp4(g_scales=tensor((4, 96, 3), "uint8")), {}, CheckpointError, "do not fit each other"),
         (mxfp4(g_blocks=tensor((4, 96, 2, 32), "uint8")), {}, CheckpointError, "do not fit each other"),

@@ -194,7 +194,7 @@ def test_the_hub_cache_is_links_and_is_read(tmp_path: Path) -> None:
 
 def test_index_and_shards_must_agree(tmp_path: Path) -> None:
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-    with pytest.raises(CheckpointError, match="lacks tensors that the index promises"):
+    with pytest.raises(CheckpointError, match="lacks tensors that the index places there"):
         read_checkpoint(sharded(tmp_path, {"a": first, "b": second, "c": second, "d": second}))
     with pytest.raises(CheckpointError, match="does not place there"):
         read_checkpoint(sharded(tmp_path, {"a": first, "b": second}))

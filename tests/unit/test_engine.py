@@ -245,7 +245,7 @@ def test_a_source_that_is_cut_short(tmp_path, jobs, dtype):
     sources = save(tmp_path / "source", LLAMA.huggingface())
     size = (tmp_path / "source").stat().st_size
     os.truncate(tmp_path / "source", size - 8)
-    with pytest.raises(CheckpointError, match="ends before its tensor does") as error:
+    with pytest.raises(CheckpointError, match="is cut off") as error:
         convert(made, sources, tmp_path / "out", dtype, jobs=jobs)
     assert error.value.expected == f"at least {size} bytes"
     assert error.value.found == f"{size - 8} bytes"
@@ -256,7 +256,7 @@ def test_a_source_that_is_gone(tmp_path):
     made = plan(Place("hf").layout(LLAMA), Place("hf").layout(LLAMA))
     sources = save(tmp_path / "source", LLAMA.huggingface())
     (tmp_path / "source").unlink()
-    with pytest.raises(CheckpointError, match="cannot be opened"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         convert(made, sources, tmp_path / "out")
 
 
@@ -340,7 +340,7 @@ def test_a_short_read_goes_on(tmp_path, monkeypatch):
     views = [memoryview(bytearray(size)) for size in (5, 9, 1, 20, 30)]
     space.read_rows(str(tmp_path / "a"), 10, views, 65)
     assert b"".join(views) == bytes(range(10, 75))
-    with pytest.raises(CheckpointError, match="ends before its tensor"):
+    with pytest.raises(CheckpointError, match="is cut off"):
         space.read_rows(str(tmp_path / "a"), 60, views, 65)
     space.close()
 

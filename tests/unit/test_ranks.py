@@ -40,7 +40,7 @@ from shardtool.execute import engine
 def fail(*_, **__):
     if sys.argv[1] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    raise CheckpointError("the cable is out")
+    raise CheckpointError("the cable is out", hint="plug it in")
 if os.environ["RANK"] == "1":
     engine.write = fail
 from shardtool.cli.main import run
@@ -244,7 +244,7 @@ def test_an_error_reaches_the_other_ranks_while_they_work(stores):
             time.sleep(0.005)
 
     errors = together(stores, fail)
-    assert [str(error) for error in errors] == ["rank 2 failed: ValueError: no"] * 2 + ["no"]
+    assert [getattr(error, "what", str(error)) for error in errors] == ["rank 2 failed: ValueError: no"] * 2 + ["no"]
 
 
 @pytest.mark.parametrize("stores", [3], indirect=True)
@@ -260,7 +260,9 @@ def test_an_error_of_the_first_rank_after_all_shares_are_written(stores):
         raise OSError("the disk is full")
 
     errors = together(stores, fail)
-    assert [str(error) for error in errors[1:]] == ["rank 0 failed: OSError: the disk is full"] * 2
+    assert [getattr(error, "what", str(error)) for error in errors[1:]] == [
+        "rank 0 failed: OSError: the disk is full"
+    ] * 2
 
 
 @pytest.mark.parametrize("stores", [3], indirect=True)

@@ -98,7 +98,7 @@ def test_a_run_that_ends_well(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError, KeyboardInterrupt, OSError(5, "input/output error"), UsageError("wrong")]
+    "error", [ValueError, KeyboardInterrupt, OSError(5, "input/output error"), UsageError("wrong", hint="mend it")]
 )
 def test_a_run_that_fails_with_nothing_finished_leaves_nothing(tmp_path, error):
     write_small(tmp_path / "old" / "a", b"old")
@@ -143,7 +143,7 @@ def test_an_interrupt_after_the_last_rename(tmp_path, monkeypatch):
 
 
 def gone() -> CheckpointError:
-    error = CheckpointError("a source file cannot be opened")
+    error = CheckpointError("a file cannot be read", hint="mend it")
     error.__cause__ = FileNotFoundError(2, "gone")
     return error
 
@@ -156,7 +156,7 @@ def gone() -> CheckpointError:
         (gone(), True),
         (MemoryError(), True),
         (SystemExit(3), True),
-        (CheckpointError("copies of the same weights differ"), False),
+        (CheckpointError("copies of the same weights differ", hint="mend it"), False),
         (ZeroDivisionError("a bug"), False),
     ],
 )  # fmt: skip

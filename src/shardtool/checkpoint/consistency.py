@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from shardtool.errors import CheckpointError
+from shardtool.errors import CheckpointError, heads_and_groups, located, no_model
 from shardtool.families.architecture import Architecture
-from shardtool.families.megatron_args import from_args
+from shardtool.families.megatron_args import ARGS_WRONG, from_args
 from shardtool.formats.inert import brief
 from shardtool.formats.megatron_legacy import Rank, RankFile
 from shardtool.formats.small_files import open_file
@@ -46,6 +46,7 @@ TEXTS = ("normalization", "position_embedding_type", "moe_router_score_function"
 # what two ranks of one run cannot differ in; the model and its layout are compared as a whole
 RUN = ("seed", "train_iters", "global_batch_size", "consumed_train_samples", "lr", "data_path", "tensor_model_parallel_size",
        "pipeline_model_parallel_size", "expert_model_parallel_size", "world_size")  # fmt: skip
+NO_ARGS = "save it with Megatron-LM, which stores its args, or copy them from a save of the same run"
 SAMPLE = 4096  # bytes of a shard that are looked at to tell it from another rank's
 SPLIT = re.compile(r".*\.(linear_qkv|linear_proj|linear_q_proj|linear_kv_up_proj|linear_fc[12])\.weight")
 
@@ -57,7 +58,7 @@ def check_args(args: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
     """
     if args is None:
         raise CheckpointError(
-            "the checkpoint has no args, so nothing says what model it is", where=where, expected="args"
+            "the checkpoint has no args, so nothing says what model it is", where=where, expected="args", hint=NO_ARGS
         )
     for name in (*SIZES, *COUNTS):
         least, most = int(name in SIZES), MOST if name in LISTED else LARGEST
@@ -79,15 +80,17 @@ def check_args(args: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
         raise _damaged(where, "window_size", "two integers", window)
     heads, groups = args.get("num_attention_heads"), args.get("num_query_groups")
     if heads and groups and args.get("group_query_attention", True) and heads % groups:
-        raise CheckpointError(
-            f"{heads} attention heads do not divide into {groups} query groups", where=f"{where}: num_query_groups"
-        )
+        raise heads_and_groups(heads, groups, f"{where}: args: num_query_groups")
     return args
 
 
 def _damaged(where: str, name: str, expected: str, value: object) -> CheckpointError:
     return CheckpointError(
-        "the checkpoint's args are damaged", where=f"{where}: {name}", expected=expected, found=brief(value)
+        "the checkpoint's args are damaged",
+        where=f"{where}: args: {name}",
+        expected=expected,
+        found=brief(value),
+        hint=ARGS_WRONG,
     )
 
 
@@ -109,9 +112,7 @@ def check_architecture(a: Architecture, where: str) -> None:
     for name in ("num_layers", "hidden_size", "num_heads", "num_query_groups", "head_dim", "vocab_size"):
         value = getattr(a, name)
         if not (type(value) is int and 1 <= value <= LARGEST):
-            raise CheckpointError(
-                "a config's sizes make no model", where=where, expected=f"a positive {name}", found=brief(value)
-            )
+            raise no_model(f"{where}: {name}", "a positive integer", brief(value))
     for part in (a, a.rope, a.rope.scaling if a.rope else None, a.moe, a.mla):
         for item in fields(part) if part is not None else ():
             value = getattr(part, item.name)
@@ -121,9 +122,7 @@ def check_architecture(a: Architecture, where: str) -> None:
                 isinstance(entry, int | float) and _finite(entry) for entry in value
             )
             if not good:
-                raise CheckpointError(
-                    "a config's sizes make no model", where=where, expected=f"a number for {item.name}", found=brief(value)
-                )  # fmt: skip
+                raise no_model(f"{where}: {item.name}", "a number", brief(value))
 
 
 def check_save(save: Iteration, iteration: object, version: object, where: str) -> None:
@@ -134,7 +133,7 @@ def check_save(save: Iteration, iteration: object, version: object, where: str) 
     """
     if save.iteration is not None and isinstance(iteration, int) and iteration != save.iteration:
         raise CheckpointError(
-            "the save is of another iteration than its directory says", where=where,
+            "the save is of another iteration than its directory's name says", where=where,
             expected=f"iteration {save.iteration}", found=f"iteration {iteration}",
             hint=f"if the files are right, rename {save.directory.name} to {iteration_name(iteration)[:40]}",
         )  # fmt: skip
@@ -152,27 +151,43 @@ def check_ranks(ranks: Ranks, args: Mapping[str, Any]) -> None:
     Raises CheckpointError naming the file that does not.
     """
     first = ranks[min(ranks)]
-    model = from_args(args)
+    with located("args", f"{first.path}: args"):
+        model = from_args(args)
     for file in ranks.values():
         theirs = check_args(file.args, file.path)
-        differing = [name for name in RUN if theirs.get(name) != args.get(name)]
-        differing += [] if theirs is args or differing else _differing(model, from_args(theirs))
-        if file.iteration != first.iteration or file.checkpoint_version != first.checkpoint_version or differing:
+        with located("args", f"{file.path}: args"):
+            differing = _differing(file, theirs, first, args, model)
+        if differing:
+            said = ", ".join(f"{name} {expected}" for name, expected, _ in differing[:5])
             raise CheckpointError(
                 "the rank files are not of one save",
                 where=file.path,
-                expected=f"iteration {first.iteration}, as {first.path} has it"
-                + "".join(f", {name} {brief(args.get(name))}" for name in differing[:5]),
-                found=f"iteration {file.iteration}"
-                + "".join(f", {name} {brief(theirs.get(name))}" for name in differing[:5]),
+                expected=f"{said}, as in {first.path}",
+                found=", ".join(f"{name} {found}" for name, _, found in differing[:5]),
                 hint="copy all mp_rank folders from one save",
             )
     _check_places(ranks, args)
     _check_twins(ranks)
 
 
-def _differing(one: Architecture, other: Architecture) -> list[str]:
-    return [item.name for item in fields(Architecture) if getattr(one, item.name) != getattr(other, item.name)]
+def _differing(
+    file: RankFile, theirs: Mapping[str, Any], first: RankFile, args: Mapping[str, Any], model: Architecture
+) -> list[tuple[str, str, str]]:
+    """(name, value in the first file, value in this file) of what two files of one save cannot differ in."""
+    if file is first:
+        return []  # a NaN would differ from itself
+    found = [("iteration", str(first.iteration), str(file.iteration))] if file.iteration != first.iteration else []
+    if file.checkpoint_version != first.checkpoint_version:
+        found.append(("checkpoint_version", str(first.checkpoint_version), str(file.checkpoint_version)))
+    found += [
+        (name, brief(args.get(name)), brief(theirs.get(name))) for name in RUN if theirs.get(name) != args.get(name)
+    ]
+    if found or theirs is args or from_args(theirs) == model:
+        return found
+    names = sorted(
+        name for name in args.keys() | theirs.keys() if args.get(name) != theirs.get(name) and name != "rank"
+    )
+    return [(name, brief(args.get(name)), brief(theirs.get(name))) for name in names]
 
 
 def _check_places(ranks: Ranks, args: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from shardtool.checkpoint.consistency import check_architecture
 from shardtool.checkpoint.opened import Header, Opened, account
 from shardtool.checkpoint.quantised import dequantised
 from shardtool.checkpoint.target import Target, TargetTensor
-from shardtool.errors import CheckpointError, UsageError
+from shardtool.errors import UsageError, located, no_model
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import axis_sizes
 from shardtool.families.family import Family
@@ -60,10 +60,7 @@ def read_config(path: Path) -> dict[str, Any]:
     for name, value in config.items():
         counted = COUNTED.fullmatch(name) and isinstance(value, int) and value > MOST
         if counted or (isinstance(value, list) and len(value) > MOST):
-            raise CheckpointError(
-                "a config says more than a model has", where=f"{file}: {name}", expected=f"at most {MOST}",
-                found=brief(value),
-            )  # fmt: skip
+            raise no_model(f"{file}: {name}", f"at most {MOST}", brief(value))
     return config
 
 
@@ -108,10 +105,11 @@ def describe_huggingface(path: Path) -> Described:
 def understood(read: Callable[[], Read], path: Path) -> Read:
     """What `read` makes of the config.json of a directory; CheckpointError where that fails."""
     try:
-        return read()
+        with located(CONFIG, str(path / CONFIG if path.is_dir() else path)):
+            return read()
     except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-        raise CheckpointError(
-            "config.json cannot be understood", where=str(path / CONFIG), found=f"{type(error).__name__}: {error}"
+        raise no_model(
+            str(path / CONFIG), "entries of the kinds that transformers writes", f"{type(error).__name__}: {error}"
         ) from error
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shardtool.checkpoint.opened import Opened
-from shardtool.errors import CheckpointError
+from shardtool.errors import CheckpointError, reason, unreadable
 from shardtool.formats import hf_bin, safetensors_files
 from shardtool.formats.torch_dist import METADATA
 from shardtool.formats.tracker import TRACKER
@@ -66,7 +66,7 @@ class Identity:
                     where=str(path),
                     expected=f"{file.size} bytes, last changed at {file.mtime_ns / 1e9:.3f}",
                     found=f"{found.st_size} bytes, last changed at {found.st_mtime_ns / 1e9:.3f}",
-                    hint="nothing was written; convert it again when nobody writes to it",
+                    hint="give the same command again when nothing writes to the source any more",
                 )
 
 
@@ -110,4 +110,4 @@ def _stat(path: Path) -> os.stat_result:
 
 
 def _gone(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError("a source file cannot be read", where=str(path), found=str(error.strerror or error))
+    return unreadable(str(path), reason(error))

@@ -6,6 +6,7 @@ from shardtool.checkpoint.megatron import Megatron
 from shardtool.checkpoint.structure import structure
 from shardtool.errors import CheckpointError, UsageError
 from shardtool.families.architecture import Architecture
+from shardtool.families.family import RESHARD
 from shardtool.layout.mesh import Chunk, Mesh
 
 
@@ -43,5 +44,5 @@ def check_exportable(source: Megatron) -> None:
     if reason:
         raise CheckpointError(
             "no Hugging Face architecture is this model", where=str(source.save.directory), found=f"it has {reason}",
-            hint="`shardtool reshard` works on it",
+            hint=RESHARD,
         )  # fmt: skip

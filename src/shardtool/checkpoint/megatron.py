@@ -10,9 +10,9 @@ from typing import Any
 
 from shardtool.checkpoint.consistency import check_args, check_ranks, check_save
 from shardtool.checkpoint.expert_ranks import stored_expert_tp
-from shardtool.checkpoint.opened import Header, Opened, account, fold
+from shardtool.checkpoint.opened import Header, Opened, account, fold, mismatch
 from shardtool.checkpoint.spellings import global_tensors, rank_tensors, spelling
-from shardtool.errors import CheckpointError
+from shardtool.errors import CheckpointError, located, no_embedding, too_few_rows
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import EMBEDDING, axis_sizes, standard
 from shardtool.families.megatron_args import from_args, mesh_from_args
@@ -83,12 +83,7 @@ class Megatron:
         """
         a = self.architecture if vocab_size is None else replace(self.architecture, vocab_size=vocab_size)
         if a.vocab_size > self.padded_vocab:
-            raise CheckpointError(
-                "the embedding has fewer rows than the vocabulary",
-                where=str(self.save.directory),
-                expected=f"at least {a.vocab_size}",
-                found=str(self.padded_vocab),
-            )
+            raise too_few_rows(str(self.save.directory), a.vocab_size, self.padded_vocab)
         rules = rules or standard(a)
         self._check_global_shapes(rules, a)
         layout = self.layout(rules, axis_sizes(a))
@@ -100,17 +95,11 @@ class Megatron:
         """torch_dist: the whole tensors have the shapes of the model; chunks alone could hide a missing layer."""
         wrong = self.wrong_global_shapes(rules, a)
         if wrong:
-            raise CheckpointError(
-                f"the tensors are not those of the model: {len(wrong)} of a wrong shape",
-                where=str(self.save.directory),
-                details=tuple(
-                    fold(
-                        f"wrong shape: {name}: expected {list(expected)}, found {list(found)}"
-                        for name, (_, expected, found) in wrong.items()
-                    )
-                ),
-                hint="compare the checkpoint's args with its tensors: `shardtool inspect` shows both",
+            lines = fold(
+                f"wrong shape: {name}: expected {list(expected)}, found {list(found)}"
+                for name, (_, expected, found) in wrong.items()
             )
+            raise mismatch(f"{len(wrong)} of a wrong shape", str(self.save.directory), lines)
 
     def wrong_global_shapes(
         self, rules: tuple[Rule, ...], a: Architecture
@@ -167,14 +156,14 @@ def _read_legacy(path: Path, save: Iteration) -> Megatron:
                 headers[name, tensor, (number,)] = Header(item.shape, item.dtype)
                 stored[name, tensor, (number,)] = item
                 shapes[tensor] = item.shape
-    architecture = from_args(args)
+    architecture = _architecture(args, first.path)
     chunks = _chunks(ranks, mesh, architecture.num_layers, where)
     mesh = replace(mesh, vpp=1 + max(chunk.vpp for chunk in chunks))
     if experts:
         mesh = replace(mesh, etp=stored_expert_tp(shapes, args, mesh, files, where))
     embedding = next((header for key, header in headers.items() if key[1] == EMBEDDING), None)
     if embedding is None or len(embedding.shape) != 2:
-        raise CheckpointError("the first pipeline stage has no input embedding", where=where, expected=EMBEDDING)
+        raise no_embedding(first.path)
     padded = embedding.shape[0] * mesh.tp
     iteration = first.iteration if save.iteration is None else save.iteration
     save = replace(save, iteration=None if save.release else iteration)
@@ -187,6 +176,11 @@ def _read_legacy(path: Path, save: Iteration) -> Megatron:
         path, save, "torch", args, _vocabulary(architecture, args, padded), mesh, chunks, spelling(shapes), padded,
         headers, stored.__getitem__, files, {}, ignored, other,
     )  # fmt: skip
+
+
+def _architecture(args: Mapping[str, Any], path: str) -> Architecture:
+    with located("args", f"{path}: args"):
+        return from_args(args)
 
 
 def _num_experts(ranks: Mapping[megatron_legacy.Rank, megatron_legacy.RankFile], args: Mapping[str, Any]) -> int:
@@ -229,6 +223,7 @@ def _chunks(
             where=where,
             expected=f"{num_layers} layers",
             found=f"{start} ({stages})",
+            hint="copy all files of the save again, or correct num_layers in the args",
         )
     return tuple(found)
 
@@ -255,7 +250,7 @@ def _read_dist(path: Path, save: Iteration) -> Megatron:
             headers[key] = Header(part.sizes[leading:] if single else part.sizes, part.chunk.dtype)
             refs[key] = part.chunk
     if EMBEDDING not in shapes:
-        raise CheckpointError("the checkpoint has no input embedding", where=str(save.directory), expected=EMBEDDING)
+        raise no_embedding(str(save.directory / torch_dist.METADATA))
     objects = [name for name in metadata.objects if "_extra_state" in name]
     others = sorted({name.split("/")[0] for name in metadata.objects if "_extra_state" not in name})
     groups = sorted({name.split(".")[0] for name in other} | {name for name in others if name != "common_state"})

@@ -58,6 +58,17 @@ class Opened:
         return dict(found)
 
 
+def mismatch(
+    what: str, where: str, lines: Iterable[str], expected: str | None = None, found: str | None = None
+) -> CheckpointError:
+    """Tensors that are not those of the model, one line for each, folded over layers."""
+    return CheckpointError(
+        f"the tensors are not those of the model: {what}", where=where, expected=expected, found=found,
+        details=tuple(lines),
+        hint="compare config.json (or the checkpoint's args) with the tensors: `shardtool inspect` shows both",
+    )  # fmt: skip
+
+
 def account(layout: Layout, found: Mapping[Key, Header], where: str, ignore: Iterable[str] = ()) -> tuple[str, ...]:
     """Match the tensors found with a layout: the names that are ignored, or one CheckpointError with all that is wrong.
 
@@ -90,14 +101,7 @@ def account(layout: Layout, found: Mapping[Key, Header], where: str, ignore: Ite
         )
         counts = [(len(missing), "missing"), (len(unread), "not known"), (len(wrong), "of a wrong shape")]
         what = ", ".join(f"{count} {name}" for count, name in counts if count)
-        raise CheckpointError(
-            f"the tensors are not those of the model: {what}",
-            where=where,
-            expected=f"{len(expected)} tensors",
-            found=f"{len(found) - len(ignored)} tensors",
-            details=tuple(lines),
-            hint="compare config.json (or the checkpoint's args) with the tensors: `shardtool inspect` shows both",
-        )
+        raise mismatch(what, where, lines, f"{len(expected)} tensors", f"{len(found) - len(ignored)} tensors")
     return tuple(sorted({key[1] for key in ignored}))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from shardtool.errors import CheckpointError, UsageError
+from shardtool.errors import GET_AGAIN, CheckpointError
 from shardtool.execute.codecs import MICRO_BLOCK
 from shardtool.formats.stored import BlockScaled, MicroScaled, Stored
 
@@ -25,7 +25,7 @@ def dequantised(stored: Mapping[str, Stored], config: Mapping[str, Any], where: 
 
     Their dtype is the model's (`torch_dtype` of config.json, else bfloat16): values are rounded to it once, unless
     another is asked for. CheckpointError names a quantised tensor without scales, scales without a tensor, and shapes
-    that do not fit; UsageError where config.json does not say how an FP8 tensor is scaled.
+    that do not fit, or that config.json does not say how an FP8 tensor is scaled.
     """
     quantisation = config.get("quantization_config") or {}
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
@@ -34,7 +34,11 @@ def dequantised(stored: Mapping[str, Stored], config: Mapping[str, Any], where: 
         if name.endswith(BLOCKS) and name.removesuffix(BLOCKS) + SCALES in stored:
             whole = name.removesuffix(BLOCKS)
             if whole in stored:
-                raise CheckpointError("a tensor is there both quantised and not", where=f"{where}: {whole}")
+                raise CheckpointError(
+                    "a tensor is there both quantised and not",
+                    where=f"{where}: {whole}",
+                    hint="remove the one that is not the model's",
+                )
             found[whole] = _micro_scaled(whole, item, stored[whole + SCALES], dtype, where)
             taken |= {name, whole + SCALES}
         elif item.dtype == FP8:
@@ -48,17 +52,25 @@ def _block_scaled(
 ) -> Stored:
     place = f"{where}: {name}"
     if scale is None:
-        raise CheckpointError("an FP8 tensor has no scales", where=place, expected=name + SCALE, found="none")
+        raise CheckpointError(
+            "an FP8 tensor has no scales",
+            where=place,
+            expected=name + SCALE,
+            found="none",
+            hint="copy the files again: the scales are tensors of their own",
+        )
     block = quantisation.get("weight_block_size")
     if not (isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)):
-        raise UsageError(
+        raise CheckpointError(
             "config.json does not say which block of an FP8 tensor a scale is for", where=place,
             expected="quantization_config.weight_block_size, two sizes", found=repr(block),
+            hint="take config.json again from where the model comes from",
         )  # fmt: skip
     if len(item.shape) != 2 or scale.dtype not in ("float32", "bfloat16"):
         raise CheckpointError(
             "an FP8 tensor is stored in a way that is not known", where=place,
             expected="a matrix, its scales in float32 or bfloat16", found=f"{list(item.shape)}, scales {scale.dtype}",
+            hint="dequantise it with transformers and save it in bfloat16",
         )  # fmt: skip
     rows, columns = block
     expected = (-(-item.shape[0] // rows), -(-item.shape[1] // columns))
@@ -66,6 +78,7 @@ def _block_scaled(
         raise CheckpointError(
             "the scales of an FP8 tensor do not fit it", where=place + SCALE, expected=str(list(expected)),
             found=str(list(scale.shape)),
+            hint="config.json and the tensors are not of one model: get them again from one place",
         )  # fmt: skip
     return replace(item, dtype=dtype, quantised=BlockScaled(scale, rows, columns))
 
@@ -82,6 +95,7 @@ def _micro_scaled(name: str, blocks: Stored, scales: Stored, dtype: str, where: 
             "the blocks and scales of an MXFP4 tensor do not fit each other", where=f"{where}: {name}",
             expected="blocks [experts, rows, groups, 16] and scales [experts, rows, groups], uint8",
             found=f"{list(blocks.shape)} {blocks.dtype} and {list(scales.shape)} {scales.dtype}",
+            hint=GET_AGAIN,
         )  # fmt: skip
     count, rows, groups = scales.shape
     inner = groups * MICRO_BLOCK

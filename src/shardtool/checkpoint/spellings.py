@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
-from shardtool.errors import CheckpointError
+from shardtool.errors import GET_AGAIN, CheckpointError
 from shardtool.formats.stored import ITEMSIZE, Stored
 from shardtool.formats.torch_dist import ChunkRef, GlobalTensor
 from shardtool.layout.megatron import MTP_INNER, Spelling
@@ -103,6 +103,7 @@ def _unfused(name: str, item: Stored, tensors: Mapping[str, Stored], tp: int, wh
         raise CheckpointError(
             "the fused down projection cannot be cut", where=f"{where}: {name}",
             expected=f"a query rank that tp {tp} divides", found=f"query rank {ranks[0]}",
+            hint="save it with megatron-core in the layout that it was trained in",
         )  # fmt: skip
     rows = ranks[0] if whole else ranks[0] // tp
     return {layer + Q_DOWN: _rows(item, 0, rows), layer + KV_DOWN: _rows(item, rows, item.shape[0])}
@@ -167,6 +168,7 @@ def _side_by_side(name: str, gate: Whole, up: GlobalTensor) -> Whole:
         raise CheckpointError(
             "the halves of a gated linear differ in shape", where=name, expected=str(list(gate.shape)),
             found=str(list(up.shape)),
+            hint=GET_AGAIN,
         )  # fmt: skip
     rows = gate.shape[0]
     moved = tuple(Part((chunk.offsets[0] + rows, *chunk.offsets[1:]), chunk.sizes, chunk) for chunk in up.chunks)
@@ -180,6 +182,7 @@ def _stacked(name: str, experts: Mapping[int, Whole]) -> Whole:
         raise CheckpointError(
             "the experts do not make one tensor", where=name, expected=f"experts 0 to {max(experts)}, of one shape",
             found=f"experts {', '.join(map(str, sorted(experts)[:8]))}, of {len(shapes)} shapes",
+            hint="copy all files of the save again",
         )  # fmt: skip
     parts = (
         Part((expert, *part.offsets), (1, *part.sizes), part.chunk)

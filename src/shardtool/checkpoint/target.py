@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from shardtool.checkpoint.opened import Header
+from shardtool.checkpoint.opened import Header, fold
 from shardtool.errors import CheckpointError
 from shardtool.formats.stored import Payload, Skeleton
 from shardtool.layout.layout import Key, Piece
@@ -95,7 +95,7 @@ def _order(piece: Piece, ids: tuple[int, ...]) -> tuple[int, tuple[int, ...], st
     return (0 if piece.name.startswith(early) and not piece.replica else 2, (), piece.name)
 
 
-def resolve_dtypes(plan: Plan, headers: Mapping[Key, Header], cast: str | None) -> dict[int, str]:
+def resolve_dtypes(plan: Plan, headers: Mapping[Key, Header], cast: str | None, where: str = "") -> dict[int, str]:
     """The dtype of every target piece: `cast`, or that of its sources; that of most bytes where it has none (constants).
 
     Rules that keep their dtype are not cast. CheckpointError where sources of different dtypes meet in one tensor
@@ -113,17 +113,25 @@ def resolve_dtypes(plan: Plan, headers: Mapping[Key, Header], cast: str | None) 
         for piece in plan.dst.pieces:
             if not plan.dst.rules[piece.rule].keep_dtype:
                 found[id(piece)] = {cast}
-    mixed = [piece for piece in plan.dst.pieces if len(found[id(piece)]) > 1]
-    if mixed:
-        raise CheckpointError(
-            "tensors of different dtypes meet in one tensor",
-            where=mixed[0].name,
-            expected="one dtype",
-            found=", ".join(sorted(found[id(mixed[0])])),
-            details=tuple(sorted({f"{piece.name}: {', '.join(sorted(found[id(piece)]))}" for piece in mixed})[:20]),
-            hint="choose the dtype with --dtype bf16, fp16 or fp32",
-        )
+    if any(len(dtypes) > 1 for dtypes in found.values()):
+        raise _mixed(plan, headers, {key for key, dtypes in found.items() if len(dtypes) > 1}, where)
     return {key: next(iter(dtypes)) for key, dtypes in found.items()}
+
+
+def _mixed(plan: Plan, headers: Mapping[Key, Header], mixed: set[int], where: str) -> CheckpointError:
+    """The source tensors that keep a target tensor from having one dtype: those that have another than most bytes."""
+    keys = {key: None for copy in plan.copies if id(copy.dst) in mixed for _, key in copy.src.keyed()}
+    most = _prevailing(headers[key] for key in keys)
+    odd = {key: headers[key].dtype for key in keys if headers[key].dtype != most}
+    lines = fold(f"{name}{' in ' + file if file else ''}: {dtype}" for (file, name, _), dtype in odd.items())
+    return CheckpointError(
+        "tensors of different dtypes would be parts of one tensor",
+        where=where,
+        expected=f"{most}, as the others beside them have it",
+        found=", ".join(sorted(set(odd.values()))),
+        details=tuple(lines[:20]),
+        hint="choose the dtype with --dtype bf16, fp16 or fp32",
+    )
 
 
 def _prevailing(headers: Iterable[Header]) -> str:

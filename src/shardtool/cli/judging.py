@@ -11,7 +11,7 @@ import typer
 
 from shardtool.cli import console
 from shardtool.cli.options import DEFAULT_JOBS, Json, Pp, Quiet, Source, Tp, Verbose, checkpoint
-from shardtool.errors import CheckpointError, UsageError
+from shardtool.errors import CheckpointError, UsageError, unknown_value
 from shardtool.layout.mesh import Mesh
 
 
@@ -60,7 +60,7 @@ def verify(
 
     wanted = level or list(judge.LEVELS)
     if unknown := [name for name in wanted if name not in judge.LEVELS]:
-        raise UsageError("unknown --level", expected=", ".join(judge.LEVELS), found=", ".join(unknown))
+        raise unknown_value("--level", ", ".join(unknown), judge.LEVELS)
     options = judge.LogitsOptions(dtype.value, threshold, seed, max_tokens)
     chosen = [name for name in judge.LEVELS if name in wanted]
     report = judge.verify(checkpoint(a), checkpoint(b), levels=chosen, options=options, progress=console.say)
@@ -87,7 +87,9 @@ def _verify_checksums(directory: Path, other: str | None) -> None:
     from shardtool.manifest import check  # noqa: PLC0415 - only this option needs it
 
     if other is not None:
-        raise UsageError("--checksums takes one directory, and no A and B", found=other)
+        raise UsageError(
+            "--checksums takes one directory, and no A and B", found=other, hint="shardtool verify --checksums DIR"
+        )
     findings = check(directory, threads=DEFAULT_JOBS)
     console.result(findings.as_dict(), findings.lines())
     raise typer.Exit(0 if findings.same else 1)
@@ -132,7 +134,11 @@ def demo(
         + [report["verdict"]],
     )
     if not report["same"]:
-        raise CheckpointError("the demo's model did not come back as it was", details=(str(report["verdict"]),))
+        raise CheckpointError(
+            "the demo's model did not come back as it was",
+            details=(str(report["verdict"]),),
+            hint="report this: the demo runs on a model of its own",
+        )
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

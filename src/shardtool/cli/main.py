@@ -11,7 +11,7 @@ import typer
 
 from shardtool import __version__
 from shardtool.cli import console, conversions, judging, translating
-from shardtool.errors import Interrupted, ShardtoolError, UsageError
+from shardtool.errors import BUG, Interrupted, ShardtoolError, UsageError, refused_by_the_system
 
 INTERRUPTED = 130  # typer's exit code after a KeyboardInterrupt
 
@@ -66,7 +66,7 @@ def run(arguments: list[str] | None = None) -> None:
     console.SETTINGS.json = "--json" in given  # for an error before the options are read
     failed: ShardtoolError | None = None
     try:
-        code = application(given)(given, standalone_mode=False)
+        code = application(given)(given, standalone_mode=False, prog_name="shardtool")
     except ShardtoolError as error:
         if console.SETTINGS.debug:
             raise
@@ -75,9 +75,7 @@ def run(arguments: list[str] | None = None) -> None:
     except OSError as error:
         if console.SETTINGS.debug:
             raise
-        _report(
-            ShardtoolError(f"the system refused: {error.strerror or error}", where=str(error.filename or "") or None)
-        )
+        _report(refused_by_the_system(error))
         code = 2
     except Exception as error:
         if console.SETTINGS.debug:
@@ -95,11 +93,11 @@ def run(arguments: list[str] | None = None) -> None:
 def _usage(error: Exception) -> ShardtoolError:
     """An error of typer's (their classes are click's, or typer's own since it has a copy of click), or a bug here."""
     if not hasattr(error, "format_message"):
-        hint = "this is a bug in shardtool: report it with the output of `shardtool --debug ...`"
-        return ShardtoolError(f"{type(error).__name__}: {error}", hint=hint)
+        return ShardtoolError(f"{type(error).__name__}: {error}", hint=BUG)
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "shardtool"
-    return UsageError(error.format_message().rstrip("."), hint=f"{command} --help")
+    what = error.format_message().rstrip(".")
+    return UsageError(what[:1].lower() + what[1:], hint=f"{command} --help")
 
 
 def _report(error: ShardtoolError) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from shardtool.cli.console import SETTINGS
-from shardtool.errors import UsageError
+from shardtool.errors import UsageError, reason
 from shardtool.layout.mesh import Mesh
 
 LAYOUT, OUTPUT, COMMON = "Parallel layout", "Output", "Common"
@@ -72,7 +72,12 @@ def _recipe(ctx: typer.Context, file: Path | None) -> Path | None:
     try:
         recipe = tomllib.loads(file.read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError("the recipe cannot be read", where=str(file), found=str(error)) from error
+        raise UsageError(
+            "the recipe cannot be read",
+            where=str(file),
+            found=reason(error),
+            hint="write it as TOML: option names without the dashes, and values",
+        ) from error
     values = {name.replace("-", "_"): value for name, value in recipe.items()}
     if tables := sorted(name for name, value in values.items() if isinstance(value, dict | list)):
         raise UsageError(
@@ -80,6 +85,7 @@ def _recipe(ctx: typer.Context, file: Path | None) -> Path | None:
             where=f"{file}: --{tables[0].replace('_', '-')}",
             expected="a number, a text, true or false",
             found=repr(values[tables[0]])[:80],
+            hint="write the option's name, =, and its value on one line",
         )
     known = {str(parameter.name) for parameter in ctx.command.params if parameter.name}
     if unknown := sorted(values.keys() - known):
@@ -88,6 +94,7 @@ def _recipe(ctx: typer.Context, file: Path | None) -> Path | None:
             where=str(file),
             expected=", ".join(sorted(known)),
             found=", ".join(unknown),
+            hint="leave them out, or correct their names",
         )
     ctx.default_map = {**(ctx.default_map or {}), **values}
     return file
@@ -163,11 +170,16 @@ def bytes_of(text: str, option: str) -> int:
     """A size such as 512MiB, 5GB or 1000; UsageError where it is none."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?\s*", text)
     if not match:
-        raise UsageError(f"{option} is no size", expected="a size such as 512MiB or 5GB", found=text)
+        raise UsageError(
+            f"{option} is no size",
+            expected="a size such as 512MiB or 5GB",
+            found=text,
+            hint="give a number with a unit",
+        )
     power = " KMGT".index(match[2].upper() or " ")
     size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
     if size < 1:
-        raise UsageError(f"{option} must be at least one byte", found=text)
+        raise UsageError(f"{option} must be at least one byte", found=text, hint="give a larger size")
     return size
 
 
@@ -175,7 +187,12 @@ def workers(jobs: int, budget: str) -> int:
     """The number of worker threads that fit the memory budget."""
     fitting = bytes_of(budget, "--memory-budget") // WORKER_BYTES
     if fitting < 1:
-        raise UsageError("--memory-budget is too small", expected=f"at least {WORKER_BYTES >> 20}MiB", found=budget)
+        raise UsageError(
+            "--memory-budget is too small",
+            expected=f"at least {WORKER_BYTES >> 20}MiB",
+            found=budget,
+            hint="give more: it is the size of the buffers of one thread",
+        )
     return min(jobs, fitting)
 
 

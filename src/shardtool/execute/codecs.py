@@ -69,7 +69,11 @@ def _unit(values: Values) -> int:
         return MICRO_BLOCK
     needs_rows = values.change is not None and isinstance(values.change.decode, NormalisedRows | Centred)
     if needs_rows and stored.strides is not None:
-        raise CheckpointError("a tensor whose rows are needed whole is not stored row by row", where=stored.file)
+        raise CheckpointError(
+            "a tensor whose rows are needed whole is not stored row by row",
+            where=stored.file,
+            hint="save it with .contiguous()",
+        )
     return stored.shape[-1] if needs_rows or isinstance(stored.quantised, BlockScaled) else 1
 
 

@@ -215,7 +215,7 @@ class Ranks:
 
     def _look(self, started: float) -> None:
         if self._call("check", ["failed"]):
-            raise RankError(self._call("get", "failed").decode())
+            raise RankError(self._call("get", "failed").decode(), hint="the output of that rank says more")
         now, new = time.monotonic(), 0
         for rank in range(self.size):
             if rank == self.rank or self._call("check", [f"done-{rank}"]):
@@ -233,11 +233,14 @@ class Ranks:
             self.on_progress(new)
 
     def _silent(self, rank: int, *, arrived: bool) -> NoReturn:
-        raise RankError(
-            f"rank {rank} is silent" if arrived else f"rank {rank} did not come",
-            expected=f"a sign of life within {self._timeout:.0f} s",
-            hint="its process was killed, or its node is gone" if arrived else "start all ranks of WORLD_SIZE",
-        )
+        expected = f"a sign of life within {self._timeout:.0f} s"
+        if arrived:
+            raise RankError(
+                f"rank {rank} is silent",
+                expected=expected,
+                hint="its process was killed, or its node is gone: start all again",
+            )
+        raise RankError(f"rank {rank} did not come", expected=expected, hint="start all ranks of WORLD_SIZE")
 
 
 def _job_store(rank: int, size: int, timeout: float, environment: Mapping[str, str]) -> Any:

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from shardtool.errors import Interrupted, ShardtoolError, UsageError
+from shardtool.errors import Interrupted, ShardtoolError, UsageError, reason, refused_by_the_system
 from shardtool.execute.digests import hash_file
 from shardtool.execute.files import Finished
 from shardtool.execute.journal import PATTERN, Entries, Journal, Record, read_all, read_entries
@@ -33,7 +33,7 @@ from shardtool.execute.ranks import RankError
 FIRST = PATTERN.replace("*", "0")  # the journal of the process that has the lock
 NOT_DURABLE = ", not durable"
 CONTINUE = "the same command continues where this one stopped"
-AGAIN = "when that is mended, give the same command again"
+AGAIN = "give the same command again when that is mended"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 Say = Callable[[str], None]
 
@@ -200,7 +200,7 @@ def staged(dst: Path, key: str, *, subdirectory: str = "", durable: bool = True,
         directory.parent.mkdir(parents=True, exist_ok=True)
         lock = _Lock(directory, say)
     except OSError as error:
-        raise UsageError("the target cannot be made", where=str(dst), found=str(error), hint=AGAIN) from error
+        raise UsageError("the target cannot be made", where=str(dst), found=reason(error), hint=AGAIN) from error
     with lock:
         stage = None
         try:
@@ -259,7 +259,7 @@ def interruptible(dst: Path) -> Iterator[None]:
 
 
 def _interrupted(left: str) -> Interrupted:
-    hint = CONTINUE if " kept in " in left else None
+    hint = CONTINUE if " kept in " in left else "the same command starts from the beginning"
     return Interrupted(f"interrupted; {left or 'nothing was left behind'}", hint=hint)
 
 
@@ -278,12 +278,8 @@ def _explained(error: BaseException, dst: Path, directory: Path, kept: str, comp
     if isinstance(error, KeyboardInterrupt):
         return _interrupted(kept or (f"{dst} is complete" if complete else ""))
     if isinstance(error, OSError):
-        return UsageError(
-            f"the system refused: {error.strerror or error}",
-            where=str(error.filename or directory),
-            found=_free(dst) if error.errno in (errno.ENOSPC, errno.EDQUOT) else None,
-            hint=f"{CONTINUE}; {kept}" if kept else AGAIN,
-        )
+        found = _free(dst) if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+        return refused_by_the_system(error, str(directory), found, f"{CONTINUE}; {kept}" if kept else AGAIN)
     if isinstance(error, ShardtoolError) and kept:
         error.hint = f"{CONTINUE}; {kept}"
     return error

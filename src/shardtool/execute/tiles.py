@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from math import prod
 from typing import NamedTuple
 
-from shardtool.errors import CheckpointError
+from shardtool.errors import cut_off, reason, unreadable
 from shardtool.execute import buffers
 from shardtool.execute.codecs import Values, read_values
 from shardtool.execute.numbers import numpy, numpy_dtype
@@ -102,7 +102,7 @@ class Sources:
                     try:
                         found = os.open(file, os.O_RDONLY)
                     except OSError as error:
-                        raise CheckpointError("a source file cannot be opened", where=file, found=str(error)) from error
+                        raise unreadable(file, reason(error)) from error
                     self._descriptors[file] = found
         return found
 
@@ -154,12 +154,7 @@ class Workspace:
         while done < len(target):
             count = os.preadv(descriptor, (target[done:],), offset + done)
             if count == 0:
-                raise CheckpointError(
-                    "a source file ends before its tensor does",
-                    where=file,
-                    expected=f"at least {offset + len(target)} bytes",
-                    found=f"{offset + done} bytes",
-                )
+                raise cut_off(file, offset + len(target), offset + done)
             done += count
         self.bytes_read += done
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from shardtool.errors import UsageError
+from shardtool.errors import ShardtoolError, UsageError, heads_and_groups, no_model
 from shardtool.families.architecture import Architecture
 from shardtool.layout.rules import Rule
 
@@ -16,6 +16,18 @@ Config = Mapping[str, Any]
 # quant_method of quantization_config: what reading dequantises (checkpoint.quantised)
 DEQUANTISED = ("fp8", "mxfp4")
 TRAINING_ONLY = frozenset({"attention_dropout", "hidden_dropout"})  # they do not change what the model computes
+
+
+# what to do with a model that no config.json says
+RESHARD = "`shardtool reshard` changes its layout without one"
+
+
+def cannot_be_converted(model_type: object, reason: str) -> UsageError:
+    """A model that megatron-core, or this tool, cannot hold."""
+    return UsageError(
+        f"this {model_type} model cannot be converted: {reason}", where="config.json",
+        hint="docs/families.md says what is converted; another framework may load this model as it is",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,40 +83,38 @@ class Family:
         if megatron:
             reason = reason or self.not_in_megatron(config)
         if reason:
-            raise UsageError(f"this {self.model_type} model cannot be converted: {reason}", where="config.json")
+            raise cannot_be_converted(self.model_type, reason)
         values: dict[str, Any] = {}
         for item in self.table:
             value = config.get(item.key, item.default)
             try:
                 values[item.name] = item.read(item.default if value is None else value)
                 if type(item.default) is int and not (type(values[item.name]) is int and values[item.name] >= 0):
-                    raise ValueError("it is no size")
-            except (TypeError, ValueError, KeyError) as error:
-                raise UsageError(
-                    f"config.json: {item.key} cannot be read", found=repr(value), where=str(error)
-                ) from error
+                    raise no_model(f"config.json: {item.key}", "a size", repr(value)[:80])
+            except KeyError as error:
+                raise cannot_be_converted(self.model_type, f"{item.key} {value!r:.80} is not known") from error
+            except (TypeError, ValueError) as error:
+                raise no_model(f"config.json: {item.key}", "a value that is known", repr(value)[:80]) from error
         values.update(self.fixed)
         try:
             values.update(self.derived(config, values))
         except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
-            raise UsageError(
-                "config.json: its sizes make no model", found=f"{type(error).__name__}: {error}"
-            ) from error
+            raise no_model("config.json", "sizes that fit each other", f"{type(error).__name__}: {error}") from error
         heads, groups = values["num_heads"], values["num_query_groups"]
         if type(groups) is not int or groups < 1 or heads % groups:
-            raise UsageError(
-                f"config.json: {heads} attention heads do not divide into {groups!r} query groups (num_key_value_heads)"
-            )
+            raise heads_and_groups(heads, repr(groups)[:80], "config.json: num_key_value_heads")
         a = Architecture(family=self.model_type, **values)
         if megatron and (reason := _refuse_activation(a)):
-            raise UsageError(f"this {self.model_type} model cannot be converted: {reason}", where="config.json")
+            raise cannot_be_converted(self.model_type, reason)
         return a
 
     def write_config(self, a: Architecture, dtype: str) -> dict[str, Any]:
         """The config.json of an architecture; UsageError naming the fields where the family cannot express it."""
         config = self.config(a, dtype)
         if differences := self.lost(a, config):
-            raise UsageError(f"a {self.model_type} config.json cannot express this model", details=tuple(differences))
+            raise UsageError(
+                f"a {self.model_type} config.json cannot express this model", details=tuple(differences), hint=RESHARD
+            )
         return config
 
     def config(self, a: Architecture, dtype: str) -> dict[str, Any]:
@@ -120,7 +130,7 @@ class Family:
         """The fields of an architecture that do not survive config.json."""
         try:
             back = self.read_config(config)
-        except UsageError as error:
+        except ShardtoolError as error:
             return [error.what]
         return describe_differences(replace(a, family=self.model_type), back, TRAINING_ONLY)
 

@@ -44,6 +44,9 @@ NOT_CONVERTED = {
     "moe_mlp_glu_interleave_size": "experts with gate and up rows in alternating blocks",
 }
 
+ARGS_WRONG = "give a save whose args are whole; they can be changed with torch.load and torch.save"
+OTHER_MODEL = "docs/families.md says which models are converted"
+
 
 def to_args(
     a: Architecture, mesh: Mesh, *, padded: int, divisible_by: int, dtype: str, fmt: str, spec: str
@@ -297,6 +300,7 @@ def _linear(args: Args) -> LinearAttention | None:
             where="args",
             expected=" or ".join(GATED_DELTA_NET),
             found=variant,
+            hint=OTHER_MODEL,
         )
     frequency, count = args.get("linear_attention_freq"), args["num_layers"]
     if isinstance(frequency, str):
@@ -326,6 +330,7 @@ def _moe(args: Args, num_layers: int, ffn_size: int) -> MixtureOfExperts | None:
         raise CheckpointError(
             "moe_layer_freq does not fit the layers", where="args", expected=f"{num_layers} entries",
             found=str(len(frequency)),
+            hint=ARGS_WRONG,
         )  # fmt: skip
     score: Literal["softmax", "sigmoid"] = (
         "sigmoid" if args.get("moe_router_score_function") == "sigmoid" else "softmax"
@@ -365,7 +370,11 @@ def _frequency(text: str) -> int | list[int]:
         return int(text)
     if not re.fullmatch(r"[\[\]()\d\s,+*]+", text):
         raise CheckpointError(
-            "moe_layer_freq cannot be read", where="args", expected="an integer or ([0]*3+[1]*58)", found=text[:80]
+            "moe_layer_freq cannot be read",
+            where="args",
+            expected="an integer or ([0]*3+[1]*58)",
+            found=text[:80],
+            hint=ARGS_WRONG,
         )
     layers: list[int] = []
     for items, times in re.findall(r"\[([\d\s,]*)\]\s*(?:\*\s*(\d+))?", text):
@@ -399,7 +408,10 @@ def from_args(args: Args) -> Architecture:
     missing = [name for name in ("num_layers", "hidden_size", "num_attention_heads") if args.get(name) is None]
     if missing:
         raise CheckpointError(
-            "the checkpoint's args do not say what model it is", where="args", expected=", ".join(missing)
+            "the checkpoint's args do not say what model it is",
+            where="args",
+            expected=", ".join(missing),
+            hint=ARGS_WRONG,
         )
     for name, what in NOT_CONVERTED.items():
         if args.get(name):
@@ -408,6 +420,7 @@ def from_args(args: Args) -> Architecture:
                 where="args",
                 expected=f"no {name}",
                 found=repr(args[name]),
+                hint=OTHER_MODEL,
             )
     heads, hidden = args["num_attention_heads"], args["hidden_size"]
     linear_bias = bool(args.get("add_bias_linear", not args.get("disable_bias_linear", False)))
@@ -416,7 +429,11 @@ def from_args(args: Args) -> Architecture:
     window = args.get("window_size")
     if window is not None and (len(window) != 2 or window[1] != 0):
         raise CheckpointError(
-            "the attention window is not causal", where="args", expected="window_size (W, 0)", found=repr(window)
+            "the attention window is not causal",
+            where="args",
+            expected="window_size (W, 0)",
+            found=repr(window),
+            hint=OTHER_MODEL,
         )
     depth, repeated = args.get("mtp_num_layers") or 0, args.get("mtp_use_repeated_layer")
     spare = args.get(SPARE_POSITIONS) or 0
@@ -484,7 +501,10 @@ def _folded(args: Args) -> Folded | None:
         return Folded(**found)
     except TypeError as error:
         raise CheckpointError(
-            "the checkpoint's args are damaged", where=f"args: {FOLDED}", found=f"{found!r}: {error}"
+            "the checkpoint's args are damaged",
+            where=f"args: {FOLDED}",
+            found=f"{found!r}: {error}",
+            hint=ARGS_WRONG,
         ) from error
 
 
@@ -492,7 +512,11 @@ def _sinks(args: Args) -> bool:
     kind = args.get("softmax_type") or "vanilla"
     if kind not in ("vanilla", "learnable"):
         raise CheckpointError(
-            "this kind of softmax is not converted", where="args", expected="vanilla or learnable", found=kind
+            "this kind of softmax is not converted",
+            where="args",
+            expected="vanilla or learnable",
+            found=kind,
+            hint=OTHER_MODEL,
         )
     return kind == "learnable"
 
@@ -509,6 +533,7 @@ def _rope(args: Args) -> Rope | None:
             where="args",
             expected="rope, yarn or learned_absolute",
             found=kind,
+            hint=OTHER_MODEL,
         )
     scaling = None
     if kind == "yarn" and not args.get("multi_latent_attention"):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from shardtool.errors import UsageError
+from shardtool.errors import ShardtoolError, UsageError
 from shardtool.families import (
     baichuan,
     chatglm,
@@ -40,7 +40,7 @@ from shardtool.families import (
     starcoder2,
 )
 from shardtool.families.architecture import Architecture
-from shardtool.families.family import Family
+from shardtool.families.family import RESHARD, Family, cannot_be_converted
 from shardtool.families.refused import REFUSED
 
 FAMILIES: dict[str, Family] = {
@@ -101,13 +101,13 @@ def family_of(config: Mapping[str, Any]) -> Family:
         if family.architecture in classes:
             return family
     if reason := REFUSED.get(str(config.get("model_type"))):
-        raise UsageError(f"a {config['model_type']} model cannot be converted: {reason}", where="config.json")
+        raise cannot_be_converted(config["model_type"], reason)
     raise UsageError(
         "unknown architecture",
         where="config.json",
         expected="model_type " + ", ".join(sorted(FAMILIES)),
         found=f"model_type {config.get('model_type')!r}, architectures {classes}",
-        hint="`shardtool` converts the families above; others are not known to be exact",
+        hint="only the families above are known to be converted exactly; docs/adding-a-family.md says how to add one",
     )
 
 
@@ -122,15 +122,19 @@ def infer_family(a: Architecture, named: str | None = None) -> Family:
     for name in names:
         family = FAMILIES.get(name)
         if family is None:
-            raise UsageError(f"the checkpoint names an unknown family {name!r}", expected=", ".join(sorted(FAMILIES)))
+            raise UsageError(
+                f"the checkpoint names an unknown family {name!r}",
+                expected=", ".join(sorted(FAMILIES)),
+                hint="give --hf the config.json of its model",
+            )
         try:
             family.write_config(replace(a, family=name), "float32")
-        except (UsageError, KeyError, AssertionError) as error:
+        except (ShardtoolError, KeyError, AssertionError) as error:
             reasons.append(f"{name}: {'; '.join(getattr(error, 'details', ())) or error}")
         else:
             return family
     raise UsageError(
         "no Hugging Face architecture that is known here is this model",
         details=tuple(reasons),
-        hint="`shardtool reshard` works without one",
+        hint=RESHARD,
     )

@@ -101,6 +101,6 @@ def rope_refusal(
     """Why the rotary embedding of a config.json cannot be converted, or None."""
     try:
         read_rope(config, latent=latent, fraction=1.0 if partial else None, yarn=yarn)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         return f"incomplete rope scaling, {error} is missing" if isinstance(error, KeyError) else str(error)
     return None

@@ -32,7 +32,13 @@ def detect(path: str | Path) -> Detected:
     path = Path(path)
     if not path.is_dir():
         found = "a file" if path.exists() else "nothing"
-        raise CheckpointError("not a checkpoint", where=str(path), expected="a directory", found=found)
+        raise CheckpointError(
+            "not a checkpoint",
+            where=str(path),
+            expected="a directory",
+            found=found,
+            hint="give the directory of a checkpoint",
+        )
     weights = _hugging_face(path)
     if weights is not None and (path / "config.json").is_file():
         return Detected(weights, path)
@@ -78,5 +84,5 @@ def _nothing(path: Path, weights: Kind | None) -> CheckpointError:
         where=str(path),
         expected=f"config.json with *.safetensors or pytorch_model.bin, or {TRACKER}, mp_rank_*/, metadata.json",
         found=", ".join(names[:6]) + (", ..." if len(names) > 6 else "") or "an empty directory",
-        hint=f"name the save itself: {path / saves[-1]}" if saves else None,
+        hint=f"name the save itself: {path / saves[-1]}" if saves else "give the directory of a checkpoint",
     )

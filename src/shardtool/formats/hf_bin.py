@@ -29,12 +29,20 @@ def read_file(path: str | Path) -> dict[str, Stored]:
     if isinstance(root, dict) and isinstance(root.get("state_dict"), dict):
         root = root["state_dict"]
     if not isinstance(root, dict):
-        raise CheckpointError("the file holds no state dict", where=str(path), found=type(root).__name__)
+        raise CheckpointError(
+            "the file holds no state dict",
+            where=str(path),
+            found=type(root).__name__,
+            hint="save model.state_dict() with torch.save",
+        )
     tensors: dict[str, Stored] = {}
     for name, value in root.items():
         if not isinstance(name, str) or not isinstance(value, TensorRef):
             raise CheckpointError(
-                "the state dict holds something that is no tensor", where=f"{path}: {name}", found=type(value).__name__
+                "the state dict holds something that is no tensor",
+                where=f"{path}: {name}",
+                found=type(value).__name__,
+                hint="save model.state_dict() with torch.save, and nothing beside it",
             )
         tensors[name] = torch_zip.stored_tensor(file, value, name)
     return tensors

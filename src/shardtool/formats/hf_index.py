@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from shardtool.errors import CheckpointError
-from shardtool.formats.small_files import INDEX_BYTES, read_small
+from shardtool.errors import GET_AGAIN, CheckpointError, reason
+from shardtool.formats.small_files import INDEX_BYTES, kind_of, no_plain_file, read_small
 from shardtool.formats.stored import Stored
 
 MAX_VALUES = 3_000_000  # DeepSeek-V3 in one safetensors file would have one million
@@ -24,7 +24,11 @@ def strict_json(data: bytes, where: str) -> dict[str, object]:
         made = dict(pairs)
         if len(made) != len(pairs):
             twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise CheckpointError("a name occurs twice in a JSON object", where=where, found=twice)
+            raise CheckpointError(
+                "a name occurs twice in the JSON text",
+                where=f"{where}: {twice}",
+                hint="remove the one that is wrong: readers differ in which of the two they take",
+            )
         return made
 
     def constant(name: str) -> object:
@@ -33,16 +37,27 @@ def strict_json(data: bytes, where: str) -> dict[str, object]:
     values = sum(map(data.count, (b",", b"[", b"{")))
     if values > MAX_VALUES:
         raise CheckpointError(
-            "a JSON text is too large for what it is", where=where, expected=f"at most {MAX_VALUES} values",
-            found=f"about {values}",
+            "the JSON text is too large for what it is", where=where, expected=f"at most {MAX_VALUES} values",
+            found=f"about {values}", hint="this is not what its name says: look at its beginning",
         )  # fmt: skip
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError("a JSON text cannot be read", where=where, found=str(error)[:200]) from None
+        raise CheckpointError("the JSON text cannot be read", where=where, found=_told(error), hint=GET_AGAIN) from None
     if not isinstance(value, dict):
-        raise CheckpointError("a JSON text is no object", where=where, found=type(value).__name__)
+        raise CheckpointError(
+            "the JSON text is no object",
+            where=where,
+            expected="{...}",
+            found=f"a {type(value).__name__}",
+            hint=GET_AGAIN,
+        )
     return value
+
+
+def _told(error: Exception) -> str:
+    """What Python's JSON reader says, without the word for its own limits."""
+    return "lists or objects nested too deep" if isinstance(error, RecursionError) else reason(error)
 
 
 def plain_file(directory: Path, name: object, where: str) -> Path:
@@ -53,7 +68,7 @@ def plain_file(directory: Path, name: object, where: str) -> Path:
     """
     if not isinstance(name, str) or not name or name in (".", "..") or any(mark in name for mark in "/\\\0"):
         raise CheckpointError(
-            "an index names a file outside of its directory", where=where, expected="a plain file name",
+            "a name leads to a file outside of its directory", where=where, expected="a plain file name",
             found=repr(name)[:100], hint="do not use this checkpoint: an honest index has no such entry",
         )  # fmt: skip
     return inside(directory, directory / name)
@@ -65,14 +80,17 @@ def inside(directory: Path, path: Path) -> Path:
         target, home = path.resolve(strict=True), directory.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            "a file of the checkpoint is missing", where=str(path), found=str(error)[:200],
-            hint="download or copy the checkpoint again",
+            "a file of the checkpoint is missing", where=str(path), found=reason(error),
+            hint="download or copy the file, or the checkpoint, again",
         ) from None  # fmt: skip
     cached = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
-    if not (target.is_relative_to(home) or cached) or not target.is_file():
+    if not (target.is_relative_to(home) or cached):
         raise CheckpointError(
-            "a link leads out of the checkpoint", where=str(path), expected=f"a file in {home}", found=str(target)
-        )
+            "a link leads out of the checkpoint", where=str(path), expected=f"a file in {home}", found=str(target),
+            hint="copy the file to its place instead of the link, if you trust where it leads",
+        )  # fmt: skip
+    if not target.is_file():
+        raise no_plain_file(str(path), kind_of(target.stat().st_mode))
     return path
 
 
@@ -82,7 +100,13 @@ def read_index(path: Path) -> dict[str, str]:
     index = strict_json(read_small(path, INDEX_BYTES), where)
     weights = index.get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
-        raise CheckpointError("an index has no weight_map of file names", where=where)
+        raise CheckpointError(
+            "the index has no weight_map of file names",
+            where=where,
+            expected="weight_map: {tensor: file, ...}",
+            found=", ".join(map(str, index))[:100] or "nothing",
+            hint=GET_AGAIN,
+        )
     no_twins(weights.values(), where)
     return weights
 
@@ -95,7 +119,7 @@ def no_twins(names: Iterable[str], where: str) -> None:
         if other != name:
             raise CheckpointError(
                 "two file names differ in upper and lower case only", where=where, found=f"{other} and {name}",
-                hint="they are one file on macOS and Windows: rename one of them, in the index as well",
+                hint="they are one file on macOS and Windows: rename one of them, and its entries here",
             )  # fmt: skip
 
 
@@ -133,7 +157,7 @@ def _agree(wanted: set[str], found: Mapping[str, Stored], weights: Mapping[str, 
     missing = sorted(wanted - found.keys())
     if missing:
         raise CheckpointError(
-            "a shard lacks tensors that the index promises", where=shard, expected=_some(missing),
+            "a shard lacks tensors that the index places there", where=shard, expected=_some(missing),
             found=f"{len(found)} tensors", hint="download or copy this shard again",
         )  # fmt: skip
     extra = sorted(found.keys() - wanted)

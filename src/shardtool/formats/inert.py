@@ -11,7 +11,7 @@ from math import prod
 from pathlib import PurePosixPath
 from typing import Any
 
-from shardtool.errors import CheckpointError
+from shardtool.errors import GET_AGAIN, CheckpointError
 from shardtool.formats.stored import ITEMSIZE
 
 
@@ -207,7 +207,7 @@ def plain(value: object, where: str = "", *, _depth: int = 0, _budget: list[int]
     budget = [MAX_SETTINGS] if _budget is None else _budget
     budget[0] -= 1
     if _depth > 64 or budget[0] < 0:
-        raise CheckpointError("the settings in the file are nested beyond reason", where=where)
+        raise CheckpointError("the settings in the file are nested beyond reason", where=where, hint=GET_AGAIN)
     if isinstance(value, Inert):
         return _plain_inert(value, where, _depth, budget)
     if isinstance(value, dict):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardtool.errors import CheckpointError
+from shardtool.errors import GET_AGAIN, CheckpointError
 from shardtool.formats import torch_zip, torch_zip_out
 from shardtool.formats.hf_index import inside
 from shardtool.formats.inert import DType, Inert, TensorRef, plain
@@ -77,7 +77,12 @@ def rank_files(directory: str | Path) -> list[tuple[Path, tuple[int, ...]]]:
         match = _FOLDER.fullmatch(folder.name)
         if match:
             if not (folder / FILE_NAME).is_file():
-                raise CheckpointError("a rank has no file", where=str(folder), expected=FILE_NAME)
+                raise CheckpointError(
+                    "a rank has no file",
+                    where=str(folder),
+                    expected=FILE_NAME,
+                    hint="copy the mp_rank folders of all ranks",
+                )
             inside(Path(directory), folder / FILE_NAME)
             found.append((folder / FILE_NAME, tuple(int(part) for part in match.groups() if part is not None)))
     if not found or len({len(fields) for _, fields in found}) > 1:
@@ -85,6 +90,14 @@ def rank_files(directory: str | Path) -> list[tuple[Path, tuple[int, ...]]]:
         raise CheckpointError(
             "the directory holds no set of Megatron ranks", where=str(directory),
             expected=f"mp_rank_00/{FILE_NAME} and its like", found=names or "none",
+            hint="copy all mp_rank folders of one save, with their own names",
+        )  # fmt: skip
+    twice = [fields for fields, count in Counter(fields for _, fields in found).items() if count > 1]
+    if twice:  # mp_rank_00 and mp_rank_000
+        names = ", ".join(path.parent.name for path, fields in found if fields == twice[0])
+        raise CheckpointError(
+            "two folders belong to the same rank", where=str(directory), expected="one", found=names,
+            hint="remove the folder that is not of this save",
         )  # fmt: skip
     return found
 
@@ -108,7 +121,9 @@ def read_rank(path: str | Path) -> RankFile:
     file = torch_zip.read(path)
     root = file.root
     if not isinstance(root, dict):
-        raise CheckpointError("the file is no Megatron checkpoint", where=str(path), found=type(root).__name__)
+        raise CheckpointError(
+            "the file is no Megatron checkpoint", where=str(path), found=type(root).__name__, hint=GET_AGAIN
+        )
     keys = _chunk_keys(root, str(path))
     chunks: list[dict[str, Stored]] = []
     ignored: list[str] = []
@@ -138,6 +153,7 @@ def _chunk_keys(root: dict[object, object], path: str) -> list[str]:
         raise CheckpointError(
             "the file holds no whole Megatron model", where=path, expected="a key model, or model0, model1, ...",
             found=", ".join(str(key) for key in list(root)[:8]) or "nothing",
+            hint="save the whole model: with virtual stages every one of model0, model1, ...",
         )  # fmt: skip
     return keys
 
@@ -151,7 +167,12 @@ def _chunk(file: torch_zip.TorchFile, key: str, model: object) -> tuple[dict[str
             hint="convert it to megatron-core with Megatron-LM core_v0.12 (tools/checkpoint, loader_legacy)",
         )  # fmt: skip
     if not isinstance(model, dict):
-        raise CheckpointError("the file holds no state dict", where=where, found=type(model).__name__)
+        raise CheckpointError(
+            "the file holds no state dict",
+            where=where,
+            found=type(model).__name__,
+            hint="save model.state_dict() with torch.save",
+        )
     tensors: dict[str, Stored] = {}
     ignored: list[str] = []
     for name, value in model.items():
@@ -177,8 +198,6 @@ def read_ranks(directory: str | Path) -> dict[Rank, RankFile]:
     files = {fields: read_rank(path) for path, fields in rank_files(directory)}
     ranks = resolve_rank_fields(files)
     made = {ranks[fields]: file for fields, file in files.items()}
-    if len(made) != len(files):
-        raise CheckpointError("two files belong to the same rank", where=str(directory))
     _check_grid(made, str(directory))
     return made
 
@@ -210,6 +229,7 @@ def _second_is_expert(files: Mapping[tuple[int, ...], RankFile]) -> bool:
             raise CheckpointError(
                 "the folder's name lacks a number", where=file.path, expected=f"mp_rank_00_000_000 (pp {pp}, ep {ep})",
                 found=Path(file.path).parent.name,
+                hint="give the folders the names that Megatron-LM gave them",
             )  # fmt: skip
         return pp == 1
     return all(any("embedding.word_embeddings" in name for name in other.chunks[0]) for other in files.values())

@@ -13,10 +13,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
-from shardtool.errors import CheckpointError
+from shardtool.errors import GET_AGAIN, CheckpointError, cut_off, reason, unreadable
 from shardtool.formats.hf_index import read_shards, strict_json
 from shardtool.formats.small_files import open_file
-from shardtool.formats.stored import BLOCK, ITEMSIZE, Payload, Skeleton, Stored
+from shardtool.formats.stored import BLOCK, ITEMSIZE, Payload, Skeleton, Stored, unsupported_dtype
 
 DTYPES: dict[str, str] = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -49,7 +49,7 @@ def read_header(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
                 raise _damaged(where, f"a header of {length} bytes in a file of {size} bytes")
             data = file.read(length)
     except OSError as error:
-        raise CheckpointError("a file cannot be read", where=where, found=error.strerror) from None
+        raise unreadable(where, reason(error)) from error
     if not data.startswith(b"{"):
         raise _damaged(where, "a header that does not begin with {")
     header = strict_json(data, where)
@@ -57,7 +57,7 @@ def read_header(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
     spans = sorted(
         ((*_span(name, entry, where), name) for name, entry in header.items()), key=lambda span: (span[0], span[1])
     )
-    _check_cover([(start, end, name) for start, end, _, _, name in spans], size - 8 - length, where)
+    _check_cover([(start, end, name) for start, end, _, _, name in spans], 8 + length, size, where)
     tensors = {name: Stored(where, 8 + length + start, shape, dtype) for start, _, shape, dtype, name in spans}
     return tensors, metadata
 
@@ -148,8 +148,12 @@ def shard_names(count: int) -> list[str]:
 def _damaged(where: str, found: str) -> CheckpointError:
     return CheckpointError(
         "the safetensors header is damaged", where=where, found=found,
-        hint="the file is cut off or no safetensors file (a git-lfs pointer?); download or copy it again",
+        hint="it may be a git-lfs pointer in the place of the file, or cut off: download or copy it again",
     )  # fmt: skip
+
+
+def _unowned(where: str, found: str) -> CheckpointError:
+    return CheckpointError("the file has bytes that belong to no tensor", where=where, found=found, hint=GET_AGAIN)
 
 
 def _metadata(value: object, where: str) -> dict[str, str]:
@@ -165,17 +169,14 @@ def _span(name: str, entry: object, where: str) -> tuple[int, int, tuple[int, ..
         raise _damaged(where, "an entry without dtype, shape and data_offsets")
     dtype = DTYPES.get(str(entry["dtype"]))
     if dtype is None:
-        raise CheckpointError(
-            "a tensor has a dtype that is not supported", where=where, found=str(entry["dtype"])[:40],
-            expected=", ".join(DTYPES),
-        )  # fmt: skip
+        raise unsupported_dtype(where, str(entry["dtype"])[:40], DTYPES)
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         raise _damaged(where, f"shape {str(shape)[:60]}, data_offsets {str(offsets)[:60]}")
     size = prod(shape) * ITEMSIZE[dtype]
     if offsets[1] - offsets[0] != size:
         raise CheckpointError(
-            "a tensor's bytes do not fit its shape", where=where, expected=f"{size} bytes for {shape} {dtype}",
+            "a tensor's bytes do not fit its shape", hint=GET_AGAIN, where=where, expected=f"{size} bytes for {shape} {dtype}",
             found=f"{offsets[1] - offsets[0]} bytes",
         )  # fmt: skip
     return offsets[0], offsets[1], tuple(shape), dtype
@@ -185,21 +186,19 @@ def _counts(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
-def _check_cover(spans: Sequence[tuple[int, int, str]], size: int, where: str) -> None:
+def _check_cover(spans: Sequence[tuple[int, int, str]], before_payload: int, file_size: int, where: str) -> None:
     """Every byte of the payload belongs to exactly one tensor."""
+    size = file_size - before_payload
     at, before = 0, ""
     for start, end, name in spans:
         if start < at:
-            raise CheckpointError("two tensors overlap", where=where, found=f"{before} and {name}")
-        if start > at:
             raise CheckpointError(
-                "bytes that belong to no tensor", where=where, found=f"{start - at} bytes before {name}"
+                "two tensors overlap", where=f"{where}: {name}", found=f"bytes that belong to {before}", hint=GET_AGAIN
             )
+        if start > at:
+            raise _unowned(where, f"{start - at} bytes before {name}")
         if end > size:
-            raise CheckpointError(
-                "the file is cut off", where=f"{where}: {name}", expected=f"{end} bytes of payload",
-                found=f"{size} bytes", hint="download or copy the file again",
-            )  # fmt: skip
+            raise cut_off(f"{where}: {name}", before_payload + end, before_payload + size)
         at, before = end, name
     if at != size:
-        raise CheckpointError("bytes that belong to no tensor", where=where, found=f"{size - at} bytes at the end")
+        raise _unowned(where, f"{size - at} bytes at the end")

@@ -10,7 +10,7 @@ import os
 import stat
 from pathlib import Path
 
-from shardtool.errors import CheckpointError
+from shardtool.errors import CheckpointError, reason, unreadable
 
 CONFIG_BYTES = 16 << 20  # config.json and its like
 INDEX_BYTES = 256 << 20  # an index has a line per tensor
@@ -23,14 +23,25 @@ def open_file(path: str | Path, where: str | None = None) -> int:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
-        found = error.strerror if isinstance(error, OSError) else str(error)
-        raise CheckpointError("a file cannot be opened", where=where, found=found) from None
+        raise unreadable(where, reason(error)) from error
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        found = "a directory" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
-        raise CheckpointError("a file cannot be read", where=where, expected="a plain file", found=found)
+        raise no_plain_file(where, kind_of(mode))
     return descriptor
+
+
+def no_plain_file(where: str, found: str) -> CheckpointError:
+    """Something else in the place of a file."""
+    return CheckpointError(
+        "something else lies in the place of a file", where=where, expected="a plain file", found=found,
+        hint="do not use this checkpoint before you know why: no tool saves one like that",
+    )  # fmt: skip
+
+
+def kind_of(mode: int) -> str:
+    """What something is that is no plain file."""
+    return "a directory" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
 
 
 def read_small(path: str | Path, limit: int) -> bytes:
@@ -41,10 +52,10 @@ def read_small(path: str | Path, limit: int) -> bytes:
             # no more than the file has: the buffer is made before anything is read
             data = file.read(min(limit, os.fstat(descriptor).st_size) + 1)
         except OSError as error:
-            raise CheckpointError("a file cannot be read", where=str(path), found=error.strerror) from None
+            raise unreadable(str(path), reason(error)) from error
     if len(data) > limit:
         raise CheckpointError(
             "a file is too large for what it is", where=str(path), expected=f"at most {limit} bytes",
-            found=f"{Path(path).stat().st_size} bytes",
+            found=f"{Path(path).stat().st_size} bytes", hint="this is not what its name says: look at its beginning",
         )  # fmt: skip
     return data

@@ -6,9 +6,11 @@ that is not tensor payload. The execution engine moves payload between the two.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
+
+from shardtool.errors import CheckpointError
 
 # dtype names are torch's, without the prefix
 ITEMSIZE: dict[str, int] = {
@@ -17,6 +19,14 @@ ITEMSIZE: dict[str, int] = {
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
     "uint16": 2, "uint32": 4, "uint64": 8,
 }  # fmt: skip
+
+
+def unsupported_dtype(where: str, found: str, known: Iterable[str] = ITEMSIZE) -> CheckpointError:
+    """A tensor of a dtype that no reader here knows."""
+    return CheckpointError(
+        "a tensor has a dtype that is not supported", where=where, expected=", ".join(known), found=found,
+        hint="load it with the tool that wrote it and save it in one of the dtypes above",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

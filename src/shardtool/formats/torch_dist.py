@@ -15,12 +15,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from shardtool.errors import CheckpointError
+from shardtool.errors import GET_AGAIN, CheckpointError, cut_off, reason, unreadable
 from shardtool.formats import torch_zip
 from shardtool.formats.hf_index import no_twins, plain_file, strict_json
 from shardtool.formats.inert import DType, Inert, TensorRef, brief, plain
 from shardtool.formats.small_files import CONFIG_BYTES, METADATA_BYTES, read_small
-from shardtool.formats.stored import ITEMSIZE, Stored
+from shardtool.formats.stored import ITEMSIZE, Stored, unsupported_dtype
 from shardtool.formats.tiles import tiling_fault
 from shardtool.formats.unpickle import loads
 
@@ -92,7 +92,7 @@ def read_metadata(directory: str | Path) -> TorchDist:
         tensors, objects = _entries(directory, _state(root, "Metadata"), str(path))
     except (AttributeError, TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise CheckpointError(
-            "the checkpoint's .metadata is not what torch writes", where=str(path), found=str(error)[:200]
+            "the checkpoint's .metadata is not what torch writes", where=str(path), found=reason(error), hint=GET_AGAIN
         ) from None
     extents = [chunk.blob for tensor in tensors.values() for chunk in tensor.chunks]
     _check_extents([*extents, *objects.values()])
@@ -108,7 +108,7 @@ def check_backend(directory: Path) -> None:
         raise CheckpointError(
             "the directory is no finished torch_dist checkpoint", where=str(directory), expected="metadata.json",
             found="a plain DCP checkpoint (torch_dcp or fsdp_dtensor), or a save that was cut off" if dcp else "none",
-            hint="save it with --ckpt-format torch_dist" if dcp else None,
+            hint="save it with --ckpt-format torch_dist" if dcp else "give the directory of a finished save",
         )  # fmt: skip
     backend = strict_json(read_small(path, CONFIG_BYTES), str(path)).get("sharded_backend")
     if backend != "torch_dist":
@@ -176,12 +176,21 @@ def read_common(directory: str | Path, metadata: TorchDist | None = None) -> dic
         blob = metadata.objects.get(metadata.prefix + COMMON_OBJECT) or metadata.objects.get(COMMON_OBJECT)
         if blob is None:
             raise CheckpointError(
-                "the checkpoint has no common state", where=str(directory), expected=f"{COMMON_FILE} or {COMMON_OBJECT}"
+                "the checkpoint has no common state, which holds its args",
+                where=str(directory),
+                expected=f"{COMMON_FILE}, or the object {COMMON_OBJECT} in .metadata",
+                hint="copy common.pt from the save as well",
             )
         where, root = blob.file, read_object(blob)
     common = plain(root, where)
     if not isinstance(common, dict):
-        raise CheckpointError("the common state is no dict", where=where, found=type(common).__name__)
+        raise CheckpointError(
+            "the common state is no dict",
+            where=where,
+            expected="a dict with args",
+            found=f"a {type(common).__name__}",
+            hint=GET_AGAIN,
+        )
     return common
 
 
@@ -216,7 +225,12 @@ def _entries(
         tensors[name] = _global_tensor(name, fields, blobs, where)
     if blobs:
         (name, offsets), _ = next(iter(blobs.items()))
-        raise CheckpointError("a blob belongs to no tensor", where=where, found=f"{name} at {offsets}")
+        raise CheckpointError(
+            "bytes are listed that belong to no tensor",
+            where=f"{where}: {name}",
+            found=f"a part at {list(offsets or ())}",
+            hint=GET_AGAIN,
+        )
     return tensors, objects
 
 
@@ -237,15 +251,22 @@ def _blobs(directory: Path, storage: Mapping[Any, Any], where: str) -> dict[tupl
             files[name] = (str(path), path.stat().st_size)
         path_name, size = files[name]
         if type(offset) is not int or type(length) is not int or offset < 0 or length < 0 or offset + length > size:
-            raise CheckpointError(
-                "a file is shorter than the checkpoint says", where=path_name, expected=f"{offset} + {length} bytes",
-                found=f"{size} bytes", hint="copy the file again: it is cut off",
-            )  # fmt: skip
+            raise _beyond(path_name, offset, length, size)
         key = _state(index, "MetadataIndex")
         at = key.get("offset")
         blobs[key["fqn"], at if at is None else _ints(at)] = Extent(path_name, offset, length)
     no_twins(files, where)
     return blobs
+
+
+def _beyond(file: str, offset: object, length: object, size: int) -> CheckpointError:
+    """A part of the checkpoint that its file does not have."""
+    if type(offset) is int and type(length) is int and offset >= 0 and length >= 0:
+        return cut_off(file, offset + length, size)
+    found = f"offset {brief(offset)}, length {brief(length)}"
+    return CheckpointError(
+        "the place of a part in its file cannot be", where=file, expected="two sizes", found=found, hint=GET_AGAIN
+    )
 
 
 def _blob(
@@ -254,7 +275,12 @@ def _blob(
     blob = blobs.pop((name, offsets), None)
     if blob is None:
         at = "" if offsets is None else f" at {list(offsets)}"
-        raise CheckpointError("a part of the checkpoint has no bytes", where=where, expected=f"{name}{at}")
+        raise CheckpointError(
+            "a part of a tensor is in no file",
+            where=f"{where}: {name}",
+            expected=f"a file for the part{at}",
+            hint=GET_AGAIN,
+        )
     return blob
 
 
@@ -269,7 +295,7 @@ def _global_tensor(
 ) -> GlobalTensor:
     dtype = _dtype(fields["properties"])
     if dtype not in ITEMSIZE:
-        raise CheckpointError("a tensor has a dtype that is not supported", where=f"{where}: {name}", found=dtype)
+        raise unsupported_dtype(f"{where}: {name}", dtype)
     shape = _ints(fields["size"])
     chunks: list[ChunkRef] = []
     for chunk in fields["chunks"]:
@@ -279,10 +305,11 @@ def _global_tensor(
     fault = tiling_fault(shape, [(chunk.offsets, chunk.sizes) for chunk in chunks])
     if fault:
         raise CheckpointError(
-            "the chunks do not tile their tensor",
+            "the parts do not make up their tensor",
             where=f"{where}: {name}",
             expected=f"shape {list(shape)}",
             found=fault,
+            hint=GET_AGAIN,
         )
     return GlobalTensor(shape, dtype, tuple(chunks))
 
@@ -300,7 +327,9 @@ def _check_extents(extents: Sequence[Extent]) -> None:
     ordered = sorted((extent.file, extent.offset, extent.length) for extent in extents)
     for (file, offset, length), (other, following, _) in pairwise(ordered):
         if file == other and offset + length > following:
-            raise CheckpointError("two parts of the checkpoint overlap", where=file, found=f"at byte {following}")
+            raise CheckpointError(
+                "two parts of the checkpoint overlap", where=file, found=f"both have byte {following}", hint=GET_AGAIN
+            )
 
 
 # --- blobs -----------------------------------------------------------------------------------------------------------
@@ -312,11 +341,18 @@ def _parse_chunk(chunk: ChunkRef) -> Stored:
     where = f"{blob.file}, archive at byte {blob.offset}"
     tensor = file.root
     if not isinstance(tensor, TensorRef):
-        raise CheckpointError("a chunk holds no tensor", where=where, found=type(tensor).__name__)
+        raise CheckpointError(
+            "a part of a tensor holds no tensor",
+            where=where,
+            expected=f"{chunk.dtype} {list(chunk.sizes)}",
+            found=brief(tensor),
+            hint=GET_AGAIN,
+        )
     if tensor.shape != chunk.sizes or tensor.dtype != chunk.dtype:
         raise CheckpointError(
-            "a chunk is not what .metadata says", where=where, expected=f"{chunk.dtype} {list(chunk.sizes)}",
+            "a part of a tensor is not what .metadata says", where=where, expected=f"{chunk.dtype} {list(chunk.sizes)}",
             found=f"{tensor.dtype} {list(tensor.shape)}",
+            hint="the files are not of one save, or one of them is damaged: copy them again",
         )  # fmt: skip
     return torch_zip.stored_tensor(file, tensor)
 
@@ -325,7 +361,7 @@ def _pread(file: str, offset: int, size: int) -> bytes:
     try:
         fd = os.open(file, os.O_RDONLY)
     except OSError as error:
-        raise CheckpointError("a file cannot be opened", where=file, found=error.strerror) from None
+        raise unreadable(file, reason(error)) from error
     try:
         return os.pread(fd, size, offset)
     finally:

@@ -17,10 +17,10 @@ from itertools import pairwise
 from math import prod
 from pathlib import Path
 
-from shardtool.errors import CheckpointError
+from shardtool.errors import GET_AGAIN, CheckpointError, cut_off, reason, unreadable
 from shardtool.formats.inert import TensorRef
 from shardtool.formats.small_files import open_file
-from shardtool.formats.stored import ITEMSIZE, Stored, row_major
+from shardtool.formats.stored import ITEMSIZE, Stored, row_major, unsupported_dtype
 from shardtool.formats.unpickle import loads
 
 _EOCD = struct.Struct("<4s4H2LH")
@@ -74,7 +74,7 @@ def _broken(where: str, found: str) -> CheckpointError:
         "the torch archive is damaged",
         where=where,
         found=found,
-        hint="the file is cut off or was changed; compare its size or checksum with the original",
+        hint=GET_AGAIN,
     )
 
 
@@ -105,15 +105,18 @@ def stored_tensor(file: TorchFile, tensor: TensorRef, name: str = "") -> Stored:
     record = file.records.get(f"data/{tensor.storage_key}")
     itemsize = ITEMSIZE.get(tensor.dtype)
     if itemsize is None:
-        raise CheckpointError("a tensor has a dtype that is not supported", where=where, found=tensor.dtype)
+        raise unsupported_dtype(where, tensor.dtype)
     if record is None:
-        raise CheckpointError("a tensor's payload is missing", where=where, expected=f"data/{tensor.storage_key}")
+        raise CheckpointError(
+            "a tensor's payload is missing", where=where, expected=f"a record data/{tensor.storage_key}", hint=GET_AGAIN
+        )
     if record[1] != tensor.storage_nbytes:
         raise CheckpointError(
             "a tensor's payload has the wrong size",
             where=where,
             expected=f"{tensor.storage_nbytes} bytes",
             found=f"{record[1]} bytes",
+            hint=GET_AGAIN,
         )
     span = 0
     if 0 not in tensor.shape:
@@ -126,7 +129,11 @@ def stored_tensor(file: TorchFile, tensor: TensorRef, name: str = "") -> Stored:
         )  # fmt: skip
     if span > record[1]:
         raise CheckpointError(
-            "a tensor reaches beyond its storage", where=where, expected=f"{span} bytes", found=f"{record[1]} bytes"
+            "a tensor reaches beyond its storage",
+            where=where,
+            expected=f"at least {span} bytes",
+            found=f"{record[1]} bytes",
+            hint=GET_AGAIN,
         )
     strides = None if row_major(tensor.shape, tensor.strides) else tensor.strides
     return Stored(file.path, record[0] + tensor.offset_elements * itemsize, tensor.shape, tensor.dtype, strides)
@@ -139,13 +146,10 @@ def _open(path: str | Path, offset: int, length: int | None, where: str) -> Iter
         size = os.fstat(fd).st_size
         length = size - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > size:
-            raise CheckpointError(
-                "the file is shorter than its index says", where=where, expected=f"{offset + length} bytes",
-                found=f"{size} bytes", hint="copy the file again: it is cut off",
-            )  # fmt: skip
+            raise cut_off(where, offset + length, size)
         yield _Window(fd, offset, length, where)
     except OSError as error:
-        raise CheckpointError("a file cannot be read", where=where, found=error.strerror) from None
+        raise unreadable(where, reason(error)) from error
     finally:
         os.close(fd)
 
@@ -267,7 +271,7 @@ def _check_records(window: _Window, records: dict[str, tuple[int, int]]) -> None
     if "data.pkl" not in records:
         raise CheckpointError(
             "the archive holds no checkpoint", where=window.where, expected="a record data.pkl",
-            found=", ".join(sorted(records)[:5]) or "no record",
+            found=", ".join(sorted(records)[:5]) or "no record", hint=GET_AGAIN,
         )  # fmt: skip
     if records["data.pkl"][1] > MAX_PICKLE:
         raise _broken(window.where, f"a pickle of {records['data.pkl'][1]} bytes")

@@ -43,11 +43,11 @@ def find_iteration(path: str | Path) -> Iteration:
         return Iteration(path, int(named[1]) if named else None, path.name == "release", None)
     saves = sorted(entry.name for entry in path.glob("iter_*")) if path.is_dir() else []
     raise CheckpointError(
-        "no Megatron checkpoint here",
+        "not a Megatron checkpoint",
         where=str(path),
         expected=f"{TRACKER}, or an iter_0000100 or release directory",
         found="no such directory" if not path.exists() else ", ".join(saves[:5]) or "neither",
-        hint=f"name one of them: {path / saves[-1]}" if saves else None,
+        hint=f"name one of them: {path / saves[-1]}" if saves else "give the directory of a Megatron checkpoint",
     )
 
 
@@ -70,6 +70,7 @@ def _tracked(root: Path) -> Iteration:
             where=str(tracker),
             expected="an iteration, or release",
             found=repr(text[:40]),
+            hint="write the number of the iteration into it, or the word release",
         )
     iteration = None if text == "release" else int(text)
     directory = root / iteration_name(iteration)
@@ -78,7 +79,7 @@ def _tracked(root: Path) -> Iteration:
         raise CheckpointError(
             "the save that the tracker file names is missing", where=str(tracker), expected=directory.name,
             found=", ".join(others[:5]) or "no directory",
-            hint=f"name the save itself: {root / others[-1]}" if others else None,
+            hint=f"name the save itself: {root / others[-1]}" if others else "copy the directory of the save as well",
         )  # fmt: skip
     return Iteration(directory, iteration, iteration is None, root)
 

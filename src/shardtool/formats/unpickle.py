@@ -12,7 +12,7 @@ import pickle
 import struct
 from collections.abc import Callable, Sized
 
-from shardtool.errors import CheckpointError
+from shardtool.errors import GET_AGAIN, CheckpointError
 from shardtool.formats.inert import Inert, TensorRef, call, key_cost, resolve, storage
 
 _I2 = struct.Struct("<H").unpack_from
@@ -40,15 +40,20 @@ def loads(data: bytes, where: str, *, storages: bool = False) -> object:
     except CheckpointError:
         raise
     except (IndexError, KeyError, ValueError, TypeError, AttributeError, OverflowError, struct.error) as error:
-        found = f"{type(error).__name__}: {error}"
+        found = _told(error)
     except (MemoryError, RecursionError) as error:
         found = f"{type(error).__name__}"
     raise CheckpointError(
         "the pickled part of the file cannot be read",
         where=f"{where}, byte {machine.pos}",
         found=found[:200],
-        hint="the file is cut off, damaged, or no checkpoint; compare its size or checksum with the original",
+        hint=GET_AGAIN,
     )
+
+
+def _told(error: Exception) -> str:
+    """What is wrong, in this module's own words or Python's."""
+    return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
 
 
 class _Machine:

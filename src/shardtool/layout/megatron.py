@@ -112,6 +112,7 @@ def held_ranks(mesh: Mesh, places: Iterable[tuple[int, int]]) -> dict[tuple[int,
             raise UsageError(
                 f"no rank is tp {tp} and ep {ep}",
                 expected=f"ranks of tp {mesh.tp}, ep {mesh.ep}, etp {mesh.expert_tp}",
+                hint="give sizes of which one is a multiple of the other",
             )
         found[tp, ep] = tp % mesh.expert_tp if divides else grid[tp, ep]
     return found

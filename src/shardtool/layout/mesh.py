@@ -53,11 +53,15 @@ def chunks(mesh: Mesh, num_layers: int, mtp_layers: int = 0) -> tuple[Chunk, ...
     """
     for name in ("tp", "pp", "vpp", "ep"):
         if getattr(mesh, name) < 1:
-            raise UsageError(f"--{name} must be at least 1", found=str(getattr(mesh, name)))
+            raise UsageError(f"--{name} must be at least 1", found=str(getattr(mesh, name)), hint="give 1 or more")
     if mesh.pipeline_layout is not None:
         return _from_layout_string(mesh, num_layers, mtp_layers)
     if mesh.vpp > 1 and mesh.pp == 1:
-        raise UsageError("virtual stages need more than one pipeline stage", found=f"--vpp {mesh.vpp}, pp 1")
+        raise UsageError(
+            "virtual stages need more than one pipeline stage",
+            found=f"--vpp {mesh.vpp}, pp 1",
+            hint="give --pp 2 or more, or leave out --vpp",
+        )
     counts = _counts(mesh, num_layers)
     result, start = [], 0
     last = (mesh.vpp - 1, mesh.pp - 1)
@@ -67,7 +71,11 @@ def chunks(mesh: Mesh, num_layers: int, mtp_layers: int = 0) -> tuple[Chunk, ...
             count -= mesh.account_for_embedding and (vpp, pp) == (0, 0)
             count -= mesh.account_for_loss and (vpp, pp) == last
             if count < 0:
-                raise UsageError("a pipeline stage would have less than no layers", where=f"stage {pp}, chunk {vpp}")
+                raise UsageError(
+                    "a pipeline stage would have less than no layers",
+                    where=f"stage {pp}, chunk {vpp}",
+                    hint="choose a smaller --pp or --vpp, or do not account for embedding and loss",
+                )
             layers = tuple(range(start, start + count))
             start += count
             at_end = (vpp, pp) == last
@@ -85,14 +93,20 @@ def _counts(mesh: Mesh, num_layers: int) -> list[int]:
             hint="choose one of the two (megatron-core refuses both together)",
         )
     if uneven and mesh.pp == 1:
-        raise UsageError("first / last stage layer counts need more than one pipeline stage", found="pp 1")
+        raise UsageError(
+            "first / last stage layer counts need more than one pipeline stage",
+            found="pp 1",
+            hint="give --pp 2 or more, or leave them out",
+        )
     ends = {}
     if mesh.first_stage_layers is not None:
         ends[0] = mesh.first_stage_layers
     if mesh.last_stage_layers is not None:
         ends[mesh.pp - 1] = mesh.last_stage_layers
     if any(count < 1 for count in ends.values()):
-        raise UsageError("a first or last stage layer count must be at least 1", found=str(min(ends.values())))
+        raise UsageError(
+            "a first or last stage layer count must be at least 1", found=str(min(ends.values())), hint="give 1 or more"
+        )
     if len(ends) == mesh.pp and mesh.vpp > 1:
         raise UsageError(
             "megatron-core cannot number the layers of two pipeline stages with both counts given and virtual stages",
@@ -131,6 +145,7 @@ def parse_pipeline_layout(text: str) -> list[str]:
             where=f"--pipeline-layout {text!r}",
             expected="E (embedding), t (transformer layer), m (MTP), L (loss), | between stages, x*n and (..)*n",
             found=" ".join(stray),
+            hint="write a layout such as 'Et*3|(tt|)*6L'",
         )
     return unrolled.split("|")
 
@@ -140,7 +155,8 @@ def _from_layout_string(mesh: Mesh, num_layers: int, mtp_layers: int) -> tuple[C
     stages = parse_pipeline_layout(text)
 
     def refuse(what: str, expected: str, found: str) -> UsageError:
-        return UsageError(what, where=f"--pipeline-layout {text!r}", expected=expected, found=found)
+        hint = f"change the layout, which is for {mesh.pp} pipeline stages and {num_layers} layers here"
+        return UsageError(what, where=f"--pipeline-layout {text!r}", expected=expected, found=found, hint=hint)
 
     uneven = mesh.first_stage_layers is not None or mesh.last_stage_layers is not None
     if uneven or mesh.account_for_embedding or mesh.account_for_loss:

@@ -16,7 +16,7 @@ from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
-from shardtool.errors import CheckpointError
+from shardtool.errors import BUG, CheckpointError
 from shardtool.layout.codecs import describe
 from shardtool.layout.equation import Tensor, boxes, component_axes, view
 from shardtool.layout.layout import Key, Layout, Piece
@@ -480,4 +480,6 @@ def _check_read(made: Plan) -> None:
 def _refuse(what: str, problems: list[str], made: Plan) -> None:
     if problems:
         shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise CheckpointError(what, where=f"{made.src.description} -> {made.dst.description}", details=tuple(shown))
+        raise CheckpointError(
+            what, where=f"{made.src.description} -> {made.dst.description}", details=tuple(shown), hint=BUG
+        )

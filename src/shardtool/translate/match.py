@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
-from shardtool.errors import UsageError
+from shardtool.errors import ShardtoolError
 from shardtool.families.architecture import Architecture
 from shardtool.families.family import TRAINING_ONLY, Family
 from shardtool.translate.rotary import whole_theta
@@ -68,7 +68,7 @@ def _read_back(a: Architecture, family: Family) -> Architecture:
     """What the target's config.json says when this architecture is written into it."""
     try:
         return family.read_config(family.config(a, "float32"), megatron=False)
-    except UsageError as error:
+    except ShardtoolError as error:
         if a.rope is not None and a.rope.fraction != 1.0:
             return _read_back(replace(a, rope=replace(a.rope, fraction=1.0)), family)
         raise DiffersError(error.what) from error

@@ -15,7 +15,7 @@ from shardtool.checkpoint.opened import Opened
 from shardtool.checkpoint.target import resolve_dtypes, target_tensors
 from shardtool.conversion import Prepared
 from shardtool.convert import DTYPES
-from shardtool.errors import UsageError
+from shardtool.errors import ShardtoolError, unknown_value
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import LINEAR_OUT, LINEAR_QKV, OUTPUT, axis_sizes
 from shardtool.families.family import Config, Family
@@ -79,7 +79,7 @@ def prepare_translate(
     target = _target(to)
     for name, value in (("--dtype", dtype), ("--fold-dtype", fold_dtype)):
         if value not in ("keep", *DTYPES):
-            raise UsageError(f"{name} {value!r} is not known", expected="keep, bf16, fp16 or fp32", found=value)
+            raise unknown_value(name, value, ("keep", *DTYPES))
     config = read_config(src)
     try:
         source = understood(lambda: _read(config, target), src)
@@ -102,7 +102,7 @@ def _prepare(
         reasons = tuple(f"{line}, and the target has no such tensor" for line in broken)
         raise UntranslatableError(replace(decided.verdict, level="impossible", steps=(), caveats=(), reasons=reasons))
     made = plan(opened.layout, decided.plan.dst)
-    dtypes = _folded(resolve_dtypes(made, opened.headers, DTYPES.get(dtype)), made, DTYPES.get(fold_dtype))
+    dtypes = _folded(resolve_dtypes(made, opened.headers, DTYPES.get(dtype), str(src)), made, DTYPES.get(fold_dtype))
     tensors = target_tensors(made, dtypes)
     sizes: Counter[str] = Counter()
     for tensor in tensors:
@@ -123,7 +123,7 @@ def _others(config: Config, target: Family) -> str:
         try:
             source = _read(config, family)
             other = match(source.architecture, family, source.scaling).target
-        except (UsageError, DiffersError):
+        except (ShardtoolError, DiffersError):
             continue
         if family not in (target, source.family) and biases(other) >= biases(source.architecture):
             found.append(name)
@@ -155,7 +155,7 @@ def _as_stored(layout: Layout, opened: Opened) -> Layout:
 def _target(to: str) -> Family:
     family = FAMILIES.get(to)
     if family is None:
-        raise UsageError(f"--to {to!r} is no known architecture", expected=", ".join(sorted(FAMILIES)), found=to)
+        raise unknown_value("--to", to, sorted(FAMILIES))
     return family
 
 

@@ -78,14 +78,17 @@ class Verdict:
         return lines + [f"  impossible  {text}" for text in self.reasons]
 
 
+IMPOSSIBLE = "another --to may hold it; docs/translate.md has the table"
+
+
 class UntranslatableError(UsageError):
     """The verdict is impossible."""
 
     kind = "impossible"
 
-    def __init__(self, verdict: Verdict, where: str | None = None, hint: str | None = None) -> None:
+    def __init__(self, verdict: Verdict, where: str | None = None, hint: str = IMPOSSIBLE) -> None:
         super().__init__(
-            f"this {verdict.source} model cannot be a {verdict.target}",
+            f"this {verdict.source} model cannot be translated to {verdict.target}",
             where=where,
             details=verdict.reasons,
             hint=hint,

@@ -71,6 +71,7 @@ def _values(
         raise CheckpointError(
             "an FP8 tensor cannot be dequantised", where=f"{directory}: {name}", expected=f"scales {list(grid)}",
             found="none" if scale is None else str(list(scale.shape)),
+            hint="copy the files again: the scales are tensors of their own",
         )  # fmt: skip
     row = torch.arange(matrix.shape[0])[:, None] // rows
     column = torch.arange(matrix.shape[1])[None] // columns

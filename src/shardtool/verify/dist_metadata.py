@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from shardtool.errors import CheckpointError
+from shardtool.errors import GET_AGAIN, CheckpointError
 
 _DCP = "torch.distributed.checkpoint"
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
@@ -60,8 +60,10 @@ class _Restricted(pickle.Unpickler):
             return _OLD[module, name] or _Inert
         if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return getattr(importlib.import_module(module), name)
-        raise CheckpointError("the checkpoint's index names code that does not belong there",
-                              where=str(self.where), found=f"{module}.{name}")  # fmt: skip
+        raise CheckpointError(
+            "the checkpoint's index names code that does not belong there", where=str(self.where),
+            found=f"{module}.{name}", hint="do not torch.load this checkpoint; ask its author for safetensors",
+        )  # fmt: skip
 
 
 def read(directory: Path) -> tuple[Metadata, bool]:
@@ -75,11 +77,15 @@ def read(directory: Path) -> tuple[Metadata, bool]:
             unpickler = _Restricted(file, path)
             metadata = unpickler.load()
     except FileNotFoundError as error:
-        raise CheckpointError("the checkpoint has no index", where=str(path)) from error
+        raise CheckpointError(
+            "the checkpoint has no index", where=str(path), hint="copy .metadata from the save as well"
+        ) from error
     except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError("the checkpoint's index cannot be read", where=str(path), found=str(error)) from error
+        raise CheckpointError(
+            "the checkpoint's index cannot be read", where=str(path), found=str(error), hint=GET_AGAIN
+        ) from error
     if not isinstance(metadata, Metadata):
-        raise CheckpointError("the checkpoint's index is not DCP metadata", where=str(path))
+        raise CheckpointError("the checkpoint's index is not DCP metadata", where=str(path), hint=GET_AGAIN)
     return metadata, not unpickler.foreign
 
 

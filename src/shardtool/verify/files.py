@@ -30,15 +30,22 @@ def iteration_directory(path: Path) -> Path:
             where=str(path),
             expected=f"{TRACKER}, or the mp_rank_* directories or metadata.json of one iteration",
             found="nothing there" if not path.exists() else "none of them",
+            hint="give the directory of a Megatron checkpoint",
         )
     text = tracker.read_text().strip()
     if text != "release" and not text.isdecimal():
         raise CheckpointError(
-            "the tracker names no iteration", where=str(tracker), expected="a number or 'release'", found=text
+            "the tracker names no iteration",
+            where=str(tracker),
+            expected="a number or 'release'",
+            found=text,
+            hint="write the number of the iteration into it, or the word release",
         )
     directory = path / (text if text == "release" else f"iter_{int(text):07d}")
     if not directory.is_dir():
-        raise CheckpointError("the tracker names a directory that does not exist", where=str(directory))
+        raise CheckpointError(
+            "the tracker names a directory that does not exist", where=str(directory), hint="name the save itself"
+        )
     return directory
 
 
@@ -53,6 +60,7 @@ def checkpoint_format(directory: Path) -> Format:
             "the directory holds no shards",
             where=str(directory),
             expected="mp_rank_*/model_optim_rng.pt, or metadata.json and .metadata",
+            hint="give the directory of a Megatron checkpoint",
         )
     return found
 

@@ -63,11 +63,12 @@ def load(directory: Path, *, dtype: torch.dtype = torch.float32, attention: Atte
                 # reported below with the keys by name, instead of raised with advice that fits training
                 ignore_mismatched_sizes=True,
             )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever transformers and torch say of a config that they do not like
         raise CheckpointError(
             "transformers cannot load the directory",
             where=str(directory),
             found=f"{type(error).__name__}: {error}".splitlines()[0],
+            hint="see what transformers says: AutoModelForCausalLM.from_pretrained(DIR)",
         ) from error
     details = []
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
@@ -78,7 +79,10 @@ def load(directory: Path, *, dtype: torch.dtype = torch.float32, attention: Atte
             details.append(f"{what.split('_')[0]}: and {len(found) - SHOWN} more")
     if details:
         raise CheckpointError(
-            "the directory's tensors are not those of its model", where=str(directory), details=tuple(details)
+            "the directory's tensors are not those of its model",
+            where=str(directory),
+            details=tuple(details),
+            hint="compare config.json with the tensors: `shardtool inspect` shows both",
         )
     return model.eval()
 

@@ -214,9 +214,19 @@ def _config(side: HuggingFaceSide) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError("the directory has no readable config.json", where=str(path), found=str(error)) from error
+        raise CheckpointError(
+            "the directory has no readable config.json",
+            where=str(path),
+            found=str(error),
+            hint="take config.json again from where the model comes from",
+        ) from error
     if not isinstance(config, dict) or "vocab_size" not in config:
-        raise CheckpointError("the config names no vocabulary", where=str(path), expected="vocab_size")
+        raise CheckpointError(
+            "the config names no vocabulary",
+            where=str(path),
+            expected="vocab_size",
+            hint="take config.json again from where the model comes from",
+        )
     return config
 
 
@@ -280,5 +290,8 @@ def _native(a: Side, b: Side) -> str:
         if torch_name == stored:
             return name
     raise UsageError(
-        "the checkpoint's dtype is none to compute in", expected="bfloat16, float16, float32", found=stored
+        "the checkpoint's dtype is none to compute in",
+        expected="bfloat16, float16, float32",
+        found=stored,
+        hint="give --dtype fp32, bf16 or fp16",
     )

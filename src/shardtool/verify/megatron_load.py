@@ -32,7 +32,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from shardtool.errors import CheckpointError
+from shardtool.errors import GET_AGAIN, CheckpointError, no_embedding
 from shardtool.layout.mesh import Chunk, Mesh, virtual_stages
 from shardtool.verify import dist_metadata
 from shardtool.verify.files import checkpoint_format, rank_file
@@ -79,14 +79,12 @@ def stored_embedding(directory: Path, mesh: Mesh) -> tuple[int, torch.dtype]:
         metadata, _ = dist_metadata.read(directory)
         size, dtype = dist_metadata.shape(metadata, EMBEDDING), dist_metadata.dtype(metadata, EMBEDDING)
         if size is None or dtype is None:
-            raise CheckpointError(
-                "the checkpoint has no embedding", where=str(directory / ".metadata"), expected=EMBEDDING
-            )
+            raise no_embedding(str(directory / ".metadata"))
         return size[0], dtype
     path = rank_file(directory, mesh, tp=0, pp=0)
     tensor = _model_chunk(_load_file(path), path, mesh, 0).get(EMBEDDING)
     if not isinstance(tensor, torch.Tensor):
-        raise CheckpointError("the first stage has no embedding", where=str(path), expected=EMBEDDING)
+        raise no_embedding(str(path))
     return tensor.shape[0] * mesh.tp, tensor.dtype
 
 
@@ -213,8 +211,10 @@ def _one_by_one(
     number = match["alone"] or match["grouped"]
     if number:
         if int(number) >= each:
-            raise CheckpointError("a rank has more experts than its share", where=f"{path}: {match[0]}",
-                                  expected=f"{each} experts", found=f"number {number}")  # fmt: skip
+            raise CheckpointError(
+                "a rank has more experts than its share", where=f"{path}: {match[0]}", expected=f"{each} experts",
+                found=f"number {number}", hint="copy all mp_rank folders from one save",
+            )  # fmt: skip
         yield name.format(start + int(number)), value
         return
     if match["transposed"]:  # one tensor, [expert, in, out] in memory (moe/experts.py of 0.14, GroupedMLP)
@@ -268,16 +268,23 @@ def _safe(path: Path) -> Iterator[None]:
 def _load_file(path: Path) -> Mapping[str, Any]:
     """The content of a .pt file; tensors stay on disk until they are used. No code of the file is run."""
     if not path.is_file():
-        raise CheckpointError("a rank's file does not exist", where=str(path))
+        raise CheckpointError(
+            "a rank's file does not exist", where=str(path), hint="copy the mp_rank folders of all ranks"
+        )
     try:
         with _safe(path):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged zip or pickle raises almost anything
         raise CheckpointError(
-            "a rank's file cannot be read", where=str(path), found=str(error).splitlines()[0]
+            "a rank's file cannot be read",
+            where=str(path),
+            found=str(error).splitlines()[0],
+            hint=GET_AGAIN,
         ) from error
     if not isinstance(content, Mapping):
-        raise CheckpointError("a rank's file is not a dict", where=str(path), found=type(content).__name__)
+        raise CheckpointError(
+            "a rank's file is not a dict", where=str(path), found=type(content).__name__, hint=GET_AGAIN
+        )
     return content
 
 
@@ -291,6 +298,7 @@ def _model_chunk(content: Mapping[str, Any], path: Path, mesh: Mesh, vpp: int) -
             where=str(path),
             expected=key,
             found=", ".join(map(str, content)),
+            hint="copy all mp_rank folders from one save",
         )
     return state
 
@@ -310,7 +318,12 @@ def _local_names(stored: Mapping[str, Any], path: Path) -> Iterator[tuple[str, A
         if key.endswith("._extra_state"):
             continue  # FP8 calibration of Transformer Engine, no weight
         if (name := local_name(key)) in seen:
-            raise CheckpointError("a tensor is there under two names", where=f"{path}: {key}", found=name)
+            raise CheckpointError(
+                "a tensor is there under two names",
+                where=f"{path}: {key}",
+                found=name,
+                hint="save it with one spec: Transformer Engine's or the local one",
+            )
         seen.add(name)
         yield name, value
 
@@ -322,7 +335,10 @@ def _load_legacy(model: GPTModel, state: Mapping[str, Any], path: Path) -> None:
     except (RuntimeError, TypeError) as error:  # another shape, or not a tensor
         lines = [line.strip() for line in str(error).splitlines()[1:] if "_extra_state" not in line]
         raise CheckpointError(
-            "a rank's weights do not fit the model", where=str(path), details=_few(lines or [str(error)])
+            "a rank's weights do not fit the model",
+            where=str(path),
+            details=_few(lines or [str(error)]),
+            hint="`shardtool inspect` shows what does not fit",
         ) from error
     missing = [key for key in result.missing_keys if not key.endswith("._extra_state")]
     details = []
@@ -330,7 +346,10 @@ def _load_legacy(model: GPTModel, state: Mapping[str, Any], path: Path) -> None:
         details += [f"{what}: {line}" for line in _few(_folded(keys))]
     if details:
         raise CheckpointError(
-            "a rank's file and the model have different tensors", where=str(path), details=tuple(details)
+            "a rank's file and the model have different tensors",
+            where=str(path),
+            details=tuple(details),
+            hint="`shardtool inspect` shows what does not fit",
         )
 
 
@@ -388,7 +407,12 @@ def _load_error(error: BaseException, directory: Path) -> CheckpointError:
     # a missing key's error goes on with all keys that there are
     details = list(dict.fromkeys(line if len(line) <= 300 else line[:300] + " ..." for line in reason))
     details = details or [type(error).__name__]
-    return CheckpointError("megatron-core cannot load the checkpoint", where=str(directory), details=_few(details))
+    return CheckpointError(
+        "megatron-core cannot load the checkpoint",
+        where=str(directory),
+        details=_few(details),
+        hint="`shardtool inspect` shows what does not fit",
+    )
 
 
 @contextmanager

@@ -21,13 +21,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from shardtool.errors import ShardtoolError, UsageError
+from shardtool.errors import BUG, ShardtoolError, UsageError
 from shardtool.families.architecture import Architecture, Rope
 from shardtool.families.exactness import inexact
 from shardtool.families.megatron_args import window_flags, yarn_args
 from shardtool.layout.mesh import Chunk, Mesh, parse_pipeline_layout, virtual_stages
 
 LLAMA3_CONSTANTS = (1.0, 4.0, 8192)  # low_freq_factor, high_freq_factor, original positions: rotary_pos_embedding.py
+
+LEVELS = "`verify --level accounting --level exact` compares the weights"
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -153,6 +155,7 @@ def _mla_arguments(arch: Architecture) -> dict[str, Any]:
         raise UsageError(
             "megatron-core cannot express these positions with latent attention", expected="rope, plain or yarn",
             found="no rope" if rope is None else f"rope{' interleaved' if rope.interleaved else ''}, {rope.scaling}",
+            hint=LEVELS,
         )  # fmt: skip
     arguments: dict[str, Any] = {
         "q_lora_rank": mla.query_rank,
@@ -167,7 +170,9 @@ def _mla_arguments(arch: Architecture) -> dict[str, Any]:
     if yarn is None:  # the factor scales the softmax whatever the type is
         return {**arguments, "rope_type": "rope", "rotary_scaling_factor": 1.0}
     if not yarn.truncate:
-        raise UsageError("megatron-core's latent attention rounds yarn's correction range", expected="truncate")
+        raise UsageError(
+            "megatron-core's latent attention rounds yarn's correction range", expected="truncate", hint=LEVELS
+        )
     return {
         **arguments,
         "rope_type": "yarn",
@@ -273,7 +278,7 @@ def build_stage(arch: Architecture, mesh: Mesh, chunk: Chunk, dtype: torch.dtype
     if reason := inexact(arch):
         raise UsageError(
             f"megatron-core computes another function from these weights: {reason}",
-            hint="`verify --level accounting --level exact` compares the weights",
+            hint=LEVELS,
         )
     vp_stage = chunk.vpp if virtual_stages(mesh) > 1 else None
     groups = _stage_groups(mesh, chunk.pp)
@@ -304,7 +309,9 @@ def build_stage(arch: Architecture, mesh: Mesh, chunk: Chunk, dtype: torch.dtype
         )
     except (AssertionError, ValueError, NotImplementedError) as error:
         raise UsageError(
-            "megatron-core refuses this model or layout", found=f"{type(error).__name__}: {error}".strip(": ")
+            "megatron-core refuses this model or layout",
+            found=f"{type(error).__name__}: {error}".strip(": "),
+            hint=LEVELS,
         ) from error
     layers = tuple(layer.layer_number - 1 for layer in model.decoder.layers)
     if layers != chunk.layers:
@@ -313,6 +320,7 @@ def build_stage(arch: Architecture, mesh: Mesh, chunk: Chunk, dtype: torch.dtype
             where=f"stage {chunk.pp}, chunk {chunk.vpp}",
             expected=str(chunk.layers),
             found=str(layers),
+            hint=BUG,
         )
     # torch's norms are made in fp32 whatever params_dtype says; Megatron-LM casts the whole model too, but for the
     # routers' expert biases (transformer/module.py Float16Module, moe/router.py)

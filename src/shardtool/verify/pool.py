@@ -100,7 +100,7 @@ class Pool:
         UsageError when megatron-core cannot express the model.
         """
         if not self.alive:
-            raise CheckpointError("the verification workers have ended")
+            raise CheckpointError("the verification workers have ended", hint="give the same command again")
         failures: list[ShardtoolError] = []
         deadline = time.monotonic() + timeout
         try:
@@ -148,11 +148,14 @@ class Pool:
                 code = None
         log = (self.directory / f"rank{ranks[0]}.log").read_text(errors="replace").strip().splitlines()
         killed = code is not None and code < 0
+        hint = (
+            "out of memory? one pipeline stage in the chosen dtype must fit" if killed else "its last lines are above"
+        )
         return CheckpointError(
             f"a verification worker {what}",
             where=f"tensor parallel rank {', '.join(map(str, ranks))} of {self.tp}",
             found=None if code is None else (signal.Signals(-code).name if killed else f"exit code {code}"),
-            hint="out of memory? one pipeline stage in the chosen dtype must fit" if killed else None,
+            hint=hint,
             details=tuple(log[-12:]),
         )
 

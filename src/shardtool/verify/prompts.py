@@ -95,7 +95,12 @@ def make_prompts(
         prompts += texts
         coverage.append(line)
     if not prompts:
-        raise UsageError("no prompt fits", expected="at least 1 token", found=f"--max-tokens {max_tokens}")
+        raise UsageError(
+            "no prompt fits",
+            expected="at least 1 token",
+            found=f"--max-tokens {max_tokens}",
+            hint="give a larger --max-tokens",
+        )
     rows = len({token for prompt in prompts for token in prompt})
     coverage.insert(0, f"{rows} of {limits.vocab_size} embedding rows")
     return PromptSet(tuple(prompts), tuple(coverage))

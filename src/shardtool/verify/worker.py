@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from shardtool.errors import CheckpointError, ShardtoolError, UsageError
+from shardtool.errors import CheckpointError, ShardtoolError, UsageError, too_few_rows
 from shardtool.layout.mesh import Chunk, chunks
 from shardtool.verify import shims
 from shardtool.verify.pool import DEFAULT_TIMEOUT, Job, Reply
@@ -145,12 +145,7 @@ def run(job: Job) -> None:
         nonlocal vocab
         stored, _ = stored_embedding(job.directory, mesh)
         if stored < job.architecture.vocab_size:
-            raise CheckpointError(
-                "the embedding has fewer rows than the vocabulary",
-                where=str(job.directory),
-                expected=f"at least {job.architecture.vocab_size}",
-                found=str(stored),
-            )
+            raise too_few_rows(str(job.directory), job.architecture.vocab_size, stored)
         vocab = -(-stored // mesh.tp) * mesh.tp
 
     _together(measure)
@@ -189,6 +184,7 @@ def _answer(job: Job) -> Reply:
                 "megatron-core failed",
                 where=f"{last.filename}:{last.lineno}",
                 found=f"{type(error).__name__}: {error}",
+                hint="the traceback is on stderr with --debug; `verify --level exact` compares the weights",
             ),
             broken=True,
         )

@@ -1,0 +1,235 @@
+"""Broken and hostile safetensors files, indices, configs and values. Among them is what scripts/fuzz has found."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from commands import convert, done
+from shardtool import tiny
+from spoiled import CONFIG, NORM, Copied, Megatron, Refused, TinyModel, edit_config
+
+
+def rewrite_header(path: Path, change: Callable[[dict[str, Any]], object], payload: bytes = b"") -> None:
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    made = change(header)
+    text = (made if isinstance(made, str) else json.dumps(header)).encode("utf-8", "surrogatepass")
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :] + payload)
+
+
+def twice(header: dict[str, Any]) -> str:
+    return json.dumps(header)[:-1] + f', "{NORM}": {json.dumps(header[NORM])}' + "}"
+
+
+def entry(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda header: header[NORM].__setitem__(name, value)
+
+
+HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "offsets that overlap": (lambda h: h[NORM].update(data_offsets=[0, 256]), "overlap"),
+    "offsets far beyond the file": (entry("data_offsets", [2**62, 2**62 + 256]), "belong to no tensor"),
+    "offsets beyond 64 bits": (entry("data_offsets", [2**64, 2**64 + 256]), NORM),
+    "a hole": (lambda h: h.pop(NORM) and None, "belong to no tensor"),
+    "a name twice": (twice, NORM),
+    "an unknown dtype": (entry("dtype", "F7"), NORM),
+    "a dtype of another width": (entry("dtype", "F16"), NORM),
+    "a shape of another size": (entry("shape", [65]), NORM),
+    "a shape that overflows": (entry("shape", [2**62, 2**62]), NORM),
+    "a shape that is no list": (entry("shape", "64"), NORM),
+    "a name with line breaks": (lambda h: h.__setitem__("a\nb\x1b[31mc", h.pop(NORM)), "\\n"),
+    "deep JSON": (lambda _: '{"a":' + "[" * 100_000, "cannot be read"),
+    "not UTF-8": (lambda _: '{"\udcff": 1}', "cannot be read"),
+    "many small values": (lambda _: '{"a":[' + "[],[],[]," * 1_100_000 + "]}", "too large"),
+    "metadata that is no table": (lambda h: h.__setitem__("__metadata__", [1]), "__metadata__"),
+    "an entry without a shape": (lambda h: h[NORM].pop("shape") and None, NORM),
+    "NaN": (lambda h: json.dumps(h).replace("[64]", "NaN"), "NaN"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_safetensors_header_with(
+    case: str, tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    source = copied(tiny_model("llama"))
+    change, name = HEADERS[case]
+    rewrite_header(source / "model.safetensors", change)
+    refused(1, "hf2megatron", source, tmp_path / "dst", names=(source, name))
+
+
+def test_a_safetensors_file_that_begins_with_something_else(
+    tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    source = copied(tiny_model("llama"))
+    path = source / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:8] + b" " + data[9:])
+    refused(1, "hf2megatron", source, tmp_path / "dst", names=(path, "begin with {"))
+
+
+def test_a_directory_in_the_place_of_a_file(
+    tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    source = copied(tiny_model("llama"))
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors").mkdir()
+    refused(1, "hf2megatron", source, tmp_path / "dst", names=(source / "model.safetensors", "a directory"))
+
+
+def test_a_link_that_leads_to_itself(tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path) -> None:
+    source = copied(tiny_model("llama"))
+    (source / "model.safetensors.index.json").symlink_to("model.safetensors.index.json")
+    refused(1, "hf2megatron", source, tmp_path / "dst", names=(source / "model.safetensors.index.json",))
+
+
+def test_a_config_that_is_no_table(tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path) -> None:
+    source = copied(tiny_model("llama"))
+    (source / "config.json").write_text("[1]")
+    refused(1, "hf2megatron", source, tmp_path / "dst", names=(source / "config.json", "no object"))
+
+
+def test_a_config_of_many_megabytes(tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path) -> None:
+    source = copied(tiny_model("llama"))
+    os.truncate(source / "config.json", 17 << 20)
+    refused(1, "hf2megatron", source, tmp_path / "dst", names=(source / "config.json", "too large"))
+
+
+def test_tensors_whose_names_differ_in_case(
+    tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    source = copied(tiny_model("llama"))
+    tensors = load_file(source / "model.safetensors")
+    save_file({**tensors, "LM_head.weight": tensors["lm_head.weight"].clone()}, source / "model.safetensors")
+    refused(1, "hf2megatron", source, tmp_path / "dst", names=("not known to this architecture: LM_head.weight",))
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build(
+        json.loads(CONFIG.read_text()), tmp_path_factory.mktemp("tiny") / "sharded", max_shard_size="100KB"
+    )
+
+
+def some_file(index: dict[str, Any]) -> str:
+    return sorted(index["weight_map"].values())[0]
+
+
+def rename(name: str) -> Callable[[Path, dict[str, Any]], None]:
+    def change(_: Path, index: dict[str, Any]) -> None:
+        index["weight_map"][NORM] = name
+
+    return change
+
+
+def linked(source: Path, index: dict[str, Any]) -> None:
+    file = source / some_file(index)
+    file.rename(source.parent / "elsewhere")
+    file.symlink_to("../elsewhere")
+
+
+def twins(_: Path, index: dict[str, Any]) -> None:
+    index["weight_map"][NORM] = some_file(index).upper()
+
+
+def single(source: Path, index: dict[str, Any]) -> None:
+    shutil.copyfile(source / some_file(index), source / "model.safetensors")
+
+
+INDICES: dict[str, tuple[Callable[[Path, dict[str, Any]], object], str]] = {
+    "an absolute path": (rename("/etc/passwd"), "outside of its directory"),
+    "a path upwards": (rename("../model.safetensors"), "outside of its directory"),
+    "a file that is not there": (rename("model-00099-of-00099.safetensors"), "model-00099-of-00099.safetensors"),
+    "a tensor in another shard": (
+        lambda _, i: i["weight_map"].update({NORM: i["weight_map"]["model.embed_tokens.weight"]}), NORM
+    ),
+    "a tensor that is nowhere": (lambda _, i: i["weight_map"].update(stray=some_file(i)), "stray"),
+    "a tensor left out": (lambda _, i: i["weight_map"].pop(NORM), NORM),
+    "a link out of the directory": (linked, "leads out of the checkpoint"),
+    "names that differ in case": (twins, "upper and lower case"),
+    "no weight_map": (lambda _, i: i.pop("weight_map") and None, "weight_map"),
+    "a second set of weights": (single, "two sets of weights"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", INDICES)
+def test_an_index_with(case: str, sharded: Path, copied: Copied, refused: Refused, tmp_path: Path) -> None:
+    source = copied(sharded)
+    path = source / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change, name = INDICES[case]
+    change(source, index)
+    path.write_text(json.dumps(index))
+    refused(1, "hf2megatron", source, tmp_path / "dst", names=(name,))
+
+
+def test_a_pipe_in_the_place_of_a_file(
+    tiny_model: TinyModel, megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    source = copied(tiny_model("llama"))
+    os.mkfifo(source / "model.safetensors.index.json")
+    refused(1, "hf2megatron", source, tmp_path / "dst", names=("model.safetensors.index.json",))
+    shutil.rmtree(source)
+    source = copied(megatron("llama", "torch_dist", "te", 1, 1))
+    (source / "release" / ".metadata").unlink()
+    os.mkfifo(source / "release" / ".metadata")
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=(".metadata",))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "num_hidden_layers of a billion",
+        "head_dim of a table",
+        "rms_norm_eps of NaN",
+    ],
+)
+def test_a_config_with(case: str, tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path) -> None:
+    values: dict[str, object] = {"a billion": 10**9, "a table": {"a": 1}, "NaN": float("nan")}
+    name, _, value = case.partition(" of ")
+    source = edit_config(copied(tiny_model("llama")), **{name: values[value]})
+    refused(1, "hf2megatron", source, tmp_path / "dst", names=("config.json",))
+
+
+def test_a_tokenizer_that_is_a_link_to_another_file(
+    tiny_model: TinyModel, megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    other = copied(tiny_model("llama"))
+    (tmp_path / "secret").write_text("secret")
+    (other / "tokenizer.json").symlink_to("../secret")
+    arguments = ("megatron2hf", megatron("llama"), tmp_path / "dst", "--hf", other)
+    refused(1, *arguments, names=("tokenizer.json", "leads out"))
+
+
+def test_weights_that_are_no_numbers(tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path) -> None:
+    source = copied(tiny_model("llama"))
+    tensors = load_file(source / "model.safetensors")
+    tensors[NORM][:3] = float("nan")
+    tensors["lm_head.weight"][5, 6] = float("-inf")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    names = (f"{NORM}: 3 NaN of 64 elements", "lm_head.weight: 1 Inf of 7680 elements", "--allow-nan")
+    refused(1, "inspect", source, "--values", names=names)
+    refused(1, "hf2megatron", source, tmp_path / "dst", "--dtype", "bf16", names=names)
+    assert "3 NaN" in done("inspect", source, "--values", "--allow-nan").out
+    convert(source, tmp_path / "allowed", "--dtype", "bf16", "--allow-nan")
+    convert(source, tmp_path / "moved")  # bytes only: nobody looks at them
+
+
+def test_values_that_the_dtype_cannot_hold(
+    tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    source = copied(tiny_model("llama"))
+    tensors = load_file(source / "model.safetensors")
+    tensors[NORM][0] = 70000.0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    names = (f"{NORM}: 1 too large for the dtype that is written",)
+    refused(1, "hf2megatron", source, tmp_path / "dst", "--dtype", "fp16", names=names)
+    convert(source, tmp_path / "bf16", "--dtype", "bf16")
