@@ -245,13 +245,13 @@ def _check_options(options: MegatronOptions, a: Architecture) -> None:
 
 
 def prepare_megatron2hf(
-    src: Path, hf: Path | None, *, dtype: str = "keep", max_shard_size: int = 5 * 10**9
+    src: Path, hf: Path | None, *, dtype: str = "keep", max_shard_size: int = 5 * 10**9, dialect: str | None = None
 ) -> Prepared:
     """Megatron to a Hugging Face directory.
 
     Without `hf` config.json is made from the checkpoint's args. With it (a directory or a config.json) the config is
     taken over, after a comparison with the args; the true vocabulary size, tokenizer, chat template and generation
-    config come from there.
+    config come from there. `dialect` chooses the names on disk, where the family has several.
     """
     source = read_megatron(src)
     if dtype not in ("keep", *DTYPES):
@@ -270,7 +270,7 @@ def prepare_megatron2hf(
         notes += (
             f"the args have no vocab_size: all {source.padded_vocab} stored rows are exported; --hf gives the true size",
         )
-    rules = family.rules(a)
+    rules = family.speaking(dialect).rules(a)
     opened = source.open(rules, a.vocab_size)
     layout = huggingface_layout(rules, axis_sizes(a))
     made = plan(opened.layout, layout)
@@ -285,6 +285,7 @@ def prepare_megatron2hf(
     if tokenizer is not None:
         companions(tokenizer)  # refuse now what could not be copied at the end
     options = {"hf": None if hf is None else str(hf), "dtype": dtype, "max_shard_size": max_shard_size}
+    options |= {"dialect": dialect} if dialect else {}
     return Prepared(
         "megatron2hf", opened, made, target, a, "", {"config.json": config_bytes(config)}, tokenizer, notes, dtypes,
         options,

@@ -25,6 +25,9 @@ def logits(directory: Path, dtype: torch.dtype, tokens: int = TOKENS) -> Tensor:
 
     auto: Any = AutoModelForCausalLM
     model = auto.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+    for weight in model.parameters():
+        # where a mapped tensor lies in its file decides how a matrix product sums; bits are compared here
+        weight.data = weight.data.clone()
     with torch.no_grad():
         return model(prompts(model.config.vocab_size, tokens)).logits
 

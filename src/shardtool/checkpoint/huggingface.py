@@ -79,7 +79,8 @@ class Described:
     def layout(self) -> Layout:
         """Where the components of its model live, in the tensors that are there."""
         a = self.architecture
-        return huggingface_layout(self.family.rules(a), axis_sizes(a), present=self.stored.keys())
+        rules = self.family.rules_as_stored(a, self.stored.keys())
+        return huggingface_layout(rules, axis_sizes(a), present=self.stored.keys())
 
     def headers(self) -> dict[Key, Header]:
         """Shapes and dtypes of the tensors that are there."""

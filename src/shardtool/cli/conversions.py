@@ -17,6 +17,7 @@ from shardtool.cli.options import (
     AccountLoss,
     AllowNan,
     Budget,
+    DialectOption,
     Divisible,
     Dtype,
     DtypeOption,
@@ -102,7 +103,8 @@ def hf2megatron(
 
 
 def megatron2hf(
-    src: Source, dst: Target, hf: Hf = None, dtype: DtypeOption = Dtype.keep, max_shard_size: ShardSize = "5GB",
+    src: Source, dst: Target, hf: Hf = None, dialect: DialectOption = None, dtype: DtypeOption = Dtype.keep,
+    max_shard_size: ShardSize = "5GB",
     no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
@@ -114,7 +116,9 @@ def megatron2hf(
     with interruptible(dst):
         ready(source, dst, overwrite)
         size = bytes_of(max_shard_size, "--max-shard-size")
-        prepare = partial(convert.prepare_megatron2hf, source, hf, dtype=dtype.value, max_shard_size=size)
+        prepare = partial(
+            convert.prepare_megatron2hf, source, hf, dtype=dtype.value, max_shard_size=size, dialect=dialect
+        )  # fmt: skip
         execute_prepared(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests, allow_nan)
 
 
@@ -168,7 +172,8 @@ def plan_hf2megatron(
 
 
 def plan_megatron2hf(
-    src: Source, dst: MaybeTarget = None, hf: Hf = None, dtype: DtypeOption = Dtype.keep, max_shard_size: ShardSize = "5GB",
+    src: Source, dst: MaybeTarget = None, hf: Hf = None, dialect: DialectOption = None, dtype: DtypeOption = Dtype.keep,
+    max_shard_size: ShardSize = "5GB",
     no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
@@ -177,9 +182,9 @@ def plan_megatron2hf(
     from shardtool import convert  # noqa: PLC0415 - numpy and the engine are not needed for --help
 
     size = bytes_of(max_shard_size, "--max-shard-size")
-    explain_prepared(
-        convert.prepare_megatron2hf(checkpoint(src), hf, dtype=dtype.value, max_shard_size=size), dst, overwrite
-    )
+    source = checkpoint(src)
+    found = convert.prepare_megatron2hf(source, hf, dtype=dtype.value, max_shard_size=size, dialect=dialect)
+    explain_prepared(found, dst, overwrite)
 
 
 def plan_reshard(

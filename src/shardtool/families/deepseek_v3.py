@@ -11,6 +11,7 @@ from typing import Any
 from shardtool.families import standard_config as standard
 from shardtool.families.architecture import Architecture, LatentAttention, MixtureOfExperts
 from shardtool.families.blocks import standard as rules
+from shardtool.families.dialects import QWEN
 from shardtool.families.exactness import group_score
 from shardtool.families.family import Config, Family
 from shardtool.families.rope import read_rope, rope_refusal, write_rope
@@ -134,6 +135,7 @@ DEEPSEEK_V3 = Family(
     refuse=_refuse_v3,
     ignored=(*standard.ROTARY_BUFFERS, r"model\.layers\.\d+\.self_attn\.rotary_emb\..*"),
     caveats=latent_eps,
+    dialects=QWEN,
 )  # fmt: skip
 
 
@@ -171,6 +173,7 @@ GLM4_MOE = Family(
     extra=_extra_glm,
     refuse=lambda config: _refuse_routing(config) or rope_refusal(config, partial=True),
     ignored=standard.ROTARY_BUFFERS,
+    dialects=QWEN,
 )  # fmt: skip
 
 
@@ -207,4 +210,5 @@ DOTS1 = Family(
     extra=lambda a: standard.extra(a) | _moe_keys(a) | {"attention_bias": False, "sliding_window": None},
     refuse=_refuse_dots,
     ignored=standard.ROTARY_BUFFERS,
+    dialects=QWEN,
 )

@@ -12,6 +12,7 @@ from shardtool.families import standard_config as standard
 from shardtool.families.architecture import Architecture, MixtureOfExperts
 from shardtool.families.blocks import ROUTER_BIAS, Row, experts
 from shardtool.families.blocks import standard as standard_rules
+from shardtool.families.dialects import ERNIE
 from shardtool.families.family import Config, Family
 from shardtool.families.rope import read_rope, rope_refusal
 from shardtool.layout.rules import Rule
@@ -77,4 +78,5 @@ FAMILY = Family(
     extra=_extra,
     refuse=_refuse,
     ignored=standard.ROTARY_BUFFERS,
+    dialects=ERNIE,
 )  # fmt: skip

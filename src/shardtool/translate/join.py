@@ -152,7 +152,7 @@ def _pair(a: Rule | None, b: Rule | None, source: Architecture, target: Architec
         return (full, empty) if b is None else (empty, full)
     if a.equation.order != b.equation.order and target.gated == source.gated:
         raise DiffersError(f"{', '.join(a.hf)}: its parts are in an order that the target's tensors do not have")
-    if a.equation.right != b.equation.right:
+    if a.target != b.target:
         if not (target.gated and not source.gated and _inner(a.megatron) in UNGATED):
             raise DiffersError(f"{', '.join(a.hf)}: laid out in a way that the target's tensors are not")
         if len(b.hf) != len(UNGATED[_inner(a.megatron)]):

@@ -24,6 +24,7 @@ from shardtool.families.registry import FAMILIES, family_of
 from shardtool.layout.codecs import describe
 from shardtool.layout.huggingface import huggingface_layout
 from shardtool.layout.layout import Layout, Piece
+from shardtool.layout.rules import Rule
 from shardtool.plan.plan import Plan, plan
 from shardtool.translate.join import join, scaled_queries
 from shardtool.translate.match import DiffersError, Match, biases, match
@@ -43,6 +44,7 @@ class _Source:
     family: Family
     architecture: Architecture
     scaling: Mapping[str, Any] | None
+    rules: tuple[Rule, ...]  # in the spelling of its files, where there are files
     plain: Architecture | None = None  # the same without attention biases, where all of them are zeros
 
 
@@ -69,34 +71,43 @@ def verdict_of(config: Config, to: str) -> Verdict:
 
 
 def prepare_translate(
-    src: Path, to: str, *, dtype: str = "keep", fold_dtype: str = "keep", max_shard_size: int = 5 * 10**9
+    src: Path,
+    to: str,
+    *,
+    dtype: str = "keep",
+    fold_dtype: str = "keep",
+    max_shard_size: int = 5 * 10**9,
+    dialect: str | None = None,
 ) -> Prepared:
     """One Hugging Face directory as another architecture (`to` is its model_type).
 
-    `fold_dtype` is the dtype of tensors whose values are computed anew (a scale folded in). Raises UntranslatableError with
+    `fold_dtype` is the dtype of tensors whose values are computed anew (a scale folded in); `dialect` the target's names on
+    disk, where it has several (None: those of its table). Raises UntranslatableError with
     the verdict where the target cannot compute what the source does, UsageError and CheckpointError as every conversion.
     """
     target = _target(to)
+    spoken = target.speaking(dialect)
     for name, value in (("--dtype", dtype), ("--fold-dtype", fold_dtype)):
         if value not in ("keep", *DTYPES):
             raise UsageError(f"{name} {value!r} is not known", expected="keep, bf16, fp16 or fp32", found=value)
     config = read_config(src)
     try:
         source = understood(lambda: _read(config, target), src)
-        return _prepare(src, source, config, target, dtype, fold_dtype, max_shard_size)
+        prepared = _prepare(src, source, spoken, dtype, fold_dtype, max_shard_size)
     except UntranslatableError as error:
         raise UntranslatableError(error.verdict, str(src), _others(config, target)) from error
+    return replace(prepared, options={**prepared.options, "dialect": dialect}) if dialect else prepared
 
 
-def _prepare(
-    src: Path, source: _Source, config: Config, target: Family, dtype: str, fold_dtype: str, max_shard_size: int
-) -> Prepared:
-    opened = open_model(src, config, source.family, source.architecture).opened
+def _prepare(src: Path, source: _Source, target: Family, dtype: str, fold_dtype: str, max_shard_size: int) -> Prepared:
+    opened = open_model(src, source.config, source.family, source.architecture).opened
     # MTP layers that are not on disk are not there
-    source = replace(source, architecture=opened.architecture, plain=_without_zero_biases(opened))
+    source = replace(
+        source, architecture=opened.architecture, rules=opened.layout.rules, plain=_without_zero_biases(opened)
+    )
     decided = _decide(source, target)
     if source.architecture.norm != decided.found.target.norm:
-        opened = with_biases(source.family.rules(source.architecture), opened)
+        opened = with_biases(source.rules, opened)
     opened = replace(opened, layout=_as_stored(decided.plan.src, opened))
     if broken := broken_constants(opened):
         reasons = tuple(f"{line}, and the target has no such tensor" for line in broken)
@@ -165,14 +176,15 @@ def _read(config: Config, target: Family) -> _Source:
         raise UntranslatableError(Verdict(name, target.model_type, "impossible", reasons=(reason,)))
     family = family_of(config)
     plain, scaling = separate_scaling(config, family)
-    return _Source(plain, family, family.read_config(plain, megatron=False), scaling)
+    a = family.read_config(plain, megatron=False)
+    return _Source(plain, family, a, scaling, family.rules(a))
 
 
 def _decide(source: _Source, target: Family) -> _Decided:
     a = source.architecture
     try:
         found = match(source.plain or a, target, source.scaling)
-        rules = source.family.rules(a)
+        rules = source.rules
         if a.norm != found.target.norm:
             rules = without_layer_norms(rules)
         if a.softmax_scale is not None and found.target.softmax_scale is None:
@@ -189,7 +201,7 @@ def _verdict(source: _Source, found: Match, made: Plan, target: Family) -> Verdi
     steps = [*found.steps, *_folds(made), *_constants(made), *_head(source, found, target, made)]
     a = source.architecture
     limit = source.family.limit(source.config)
-    if limit and source.family is not target:
+    if limit and source.family.model_type != target.model_type:
         what = f"sequences of at most {a.max_positions} tokens: {limit}; max_position_embeddings says so"
         steps.append(Step(what, "conditional"))
     caveats = []
@@ -197,7 +209,7 @@ def _verdict(source: _Source, found: Match, made: Plan, target: Family) -> Verdi
         caveats.append("engine-dependent: transformers 4 and 5 compute it so, other engines must be checked")
     if any(piece.constant is not None and piece.name.endswith("o_proj.bias") for piece in made.dst.pieces):
         caveats.append("engine-dependent: old versions of vLLM, SGLang, llama.cpp and MLC ignored attention_bias")
-    before = sum(_elements(made.src, p) for p in huggingface_layout(source.family.rules(a), axis_sizes(a)).pieces)
+    before = sum(_elements(made.src, p) for p in huggingface_layout(source.rules, axis_sizes(a)).pieces)
     after = sum(_elements(made.dst, piece) for piece in made.dst.pieces)
     return Verdict(
         source.family.model_type, target.model_type, worst(tuple(steps)), tuple(steps), caveats=tuple(caveats),

@@ -14,6 +14,7 @@ from shardtool.errors import CheckpointError, UsageError
 from shardtool.execute import engine, finite
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import standard
+from shardtool.families.dialects import same_components
 from shardtool.families.family import TRAINING_ONLY, describe_differences
 from shardtool.formats.detect import detect
 from shardtool.layout.rules import Rule
@@ -129,7 +130,7 @@ def _open_both(a: HuggingFace | Megatron, b: HuggingFace | Megatron) -> tuple[Op
         if isinstance(side, Megatron):
             found.append(side.open(rules, vocab))
         else:
-            if side.opened.layout.rules != rules:
+            if not same_components(side.opened.layout.rules, rules):
                 raise UsageError(
                     f"a {_architecture(b).family} and a {_architecture(a).family} directory have different tables",
                     hint="compare their logits: --level logits",
