@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from shardtool.checkpoint.constants import check_constants
 from shardtool.checkpoint.huggingface import (
     HuggingFace,
     companions,
@@ -32,7 +33,7 @@ from shardtool.families.blocks import axis_sizes, standard
 from shardtool.families.exactness import inexact
 from shardtool.families.family import TRAINING_ONLY, Family, describe_differences
 from shardtool.families.launch_flags import launch_flags, without_flag
-from shardtool.families.megatron_args import FAMILY_NAME, GROUP_SCORE, INEXACT, to_args
+from shardtool.families.megatron_args import FAMILY_NAME, GROUP_SCORE, INEXACT, ZERO_OUT_BIAS, to_args
 from shardtool.families.registry import family_of, infer_family
 from shardtool.formats.tracker import TRACKER, iteration_name, tracker_bytes
 from shardtool.layout.huggingface import huggingface_layout
@@ -92,6 +93,7 @@ def prepare_hf2megatron(src: Path, options: MegatronOptions) -> Prepared:
             where=str(src),
             hint="--allow-inexact converts the weights all the same: for code that computes it as the original does",
         )
+    check_constants(source.opened)
     notes = source.family.caveats(a) + without_flag(a) + _inexact_note(a)
     if a.centred_norms and options.spec == "local":
         notes += ("norms are written as 1 + weight, rounded to the dtype; --spec te keeps the weights as they are",)
@@ -194,7 +196,7 @@ def _as_options(options: MegatronOptions) -> dict[str, Any]:
 NOT_IN_TENSORS = (
     "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor",
     "moe_router_num_groups", "moe_router_group_topk", GROUP_SCORE, INEXACT, "rope_type", "rotary_scaling_factor",
-    "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", FAMILY_NAME,
+    "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", FAMILY_NAME, ZERO_OUT_BIAS,
 )  # fmt: skip
 
 
@@ -302,7 +304,7 @@ def _target_family(source: Megatron, hf: Path | None) -> tuple[Family, Architect
     family = family_of(config)
     theirs = family.read_config(config)
     # what the weights contain is the given config's to say: a run of Megatron-LM does not keep it in its args
-    ignore = {"family", "mtp_layers", "folded", *TRAINING_ONLY}
+    ignore = {"family", "mtp_layers", "folded", "zero_out_bias", *TRAINING_ONLY}
     if a.rope is not None:
         ignore.add("max_positions")  # training may have seen shorter sequences than the model allows
     if not source.args.get("vocab_size"):

@@ -91,16 +91,17 @@ class Described:
         return self.stored[key[1]]
 
 
-def describe_huggingface(path: Path) -> Described:
+def describe_huggingface(path: Path, *, megatron: bool = True) -> Described:
     """Read config and headers and choose the family; whether the tensors are those of the model is not asked.
 
+    Without `megatron` it is described as the family has it, whether or not megatron-core could hold it.
     Raises UsageError for an unknown architecture or one that cannot be converted.
     """
     config = read_config(path)
 
     def read() -> tuple[Family, Architecture]:
         family = family_of(config)
-        return family, family.read_config(config)
+        return family, family.read_config(config, megatron=megatron)
 
     family, architecture = understood(read, path)
     return _describe(path, config, family, architecture)
@@ -125,13 +126,14 @@ def _describe(path: Path, config: Mapping[str, Any], family: Family, architectur
     return Described(config, family, architecture, stored)
 
 
-def open_huggingface(path: Path) -> HuggingFace:
+def open_huggingface(path: Path, *, megatron: bool = True) -> HuggingFace:
     """Open a directory: read headers, choose the family, account for every tensor. No payload is read.
 
+    Without `megatron` as the family has it, whether or not megatron-core could hold it.
     Raises UsageError for an unknown architecture or one that cannot be converted, CheckpointError where the tensors
     are not those of the model.
     """
-    return _opened(path, describe_huggingface(path))
+    return _opened(path, describe_huggingface(path, megatron=megatron))
 
 
 def open_model(path: Path, config: Mapping[str, Any], family: Family, architecture: Architecture) -> HuggingFace:

@@ -108,6 +108,8 @@ class Family:
                 f"config.json: {heads} attention heads do not divide into {groups!r} query groups (num_key_value_heads)"
             )
         a = Architecture(family=self.model_type, **values)
+        if megatron and a.out_bias and not a.linear_bias:
+            a = replace(a, out_bias=False, zero_out_bias=True)  # the tensors decide whether Megatron can be it
         if megatron and (reason := _refuse_activation(a)):
             raise UsageError(f"this {self.model_type} model cannot be converted: {reason}", where="config.json")
         return a
