@@ -155,7 +155,7 @@ def _changed(prepared: Prepared) -> dict[Key, str]:
     """The source tensors whose values are converted, with the dtype that is written."""
     held = prepared.source.headers
     stored = {header.dtype for header in held.values()}
-    kept = all(copy.src.codec == copy.dst.codec for copy in prepared.plan.copies)
+    kept = not any(copy.changed for copy in prepared.plan.copies)
     if kept and len(stored) == 1 and stored == set(prepared.dtypes.values()):
         return {}
     return {

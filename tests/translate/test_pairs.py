@@ -22,6 +22,15 @@ LLAMA3 = {
 }  # fmt: skip
 LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
 MINI = {"partial_rotary_factor": 0.75, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}
+# Phi-4-mini: longrope, whose attention factor is on the part of each head that rotates
+PHI4 = MINI | {
+    "original_max_position_embeddings": 64, "rope_scaling": {
+        "type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    },
+}  # fmt: skip
+STRONG = PHI4 | {"rope_scaling": {**PHI4["rope_scaling"], "attention_factor": 1.7}}
+SHORT_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+SHORT_LLAMA3 = {**LLAMA3, "original_max_position_embeddings": 64}
 
 OLMO = {"model_type": "olmo", "architectures": ["OlmoForCausalLM"], "clip_qkv": None, "tie_word_embeddings": True}
 
@@ -36,6 +45,13 @@ PAIRS: list[tuple[str, dict[str, Any], str, str, str, int]] = [
     ("phi3", {"sliding_window": None, "original_max_position_embeddings": 64, "rope_scaling": LONGROPE}, "llama",
      "identical", "identical", 100),
     ("phi3", MINI, "llama", "exact", "exact", TOKENS),
+    ("phi3", PHI4, "llama", "exact", "exact", 64),
+    ("phi3", PHI4, "llama", "exact", "exact", 100),
+    ("phi3", STRONG, "qwen2", "exact", "exact", 100),
+    ("glm", {"rope_scaling": SHORT_YARN}, "llama", "exact", "exact", 100),
+    ("glm", {"rope_scaling": SHORT_LLAMA3}, "llama", "exact", "exact", 100),
+    ("glm", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "llama", "exact", "exact", TOKENS),
+    ("stablelm", {"rope_scaling": {**SHORT_YARN, "attention_factor": 1.5}}, "llama", "exact", "exact", 100),
     ("seed_oss", {}, "llama", "identical", "identical", TOKENS),
     ("glm", {}, "llama", "exact", "exact", TOKENS),
     ("ernie4_5", {}, "llama", "exact", "exact", TOKENS),

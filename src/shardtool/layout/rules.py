@@ -39,6 +39,7 @@ class Rule:
     names. `derived` are further Megatron tensors with the same components behind a codec, (key, codec): written
     like the first, compared with it on reading. `constants` has a number for each Hugging Face tensor that is that
     number everywhere and holds no component (empty: none is); where all are, the Megatron key is of no stored tensor.
+    `component_codecs` are codecs of single components of the Hugging Face tensors, by number, in the place of their tensor's.
     """
 
     hf: tuple[str, ...]
@@ -57,6 +58,7 @@ class Rule:
     dist_parts: tuple[str, ...] = ()
     mtp_start: int = 0
     constants: tuple[float | None, ...] = ()
+    component_codecs: tuple[tuple[int, Codec], ...] = ()
 
     @property
     def gamma(self) -> bool:

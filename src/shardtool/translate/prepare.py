@@ -29,7 +29,7 @@ from shardtool.plan.plan import Plan, plan
 from shardtool.translate.join import join, scaled_queries
 from shardtool.translate.match import DiffersError, Match, biases, match
 from shardtool.translate.norms import with_biases, without_layer_norms
-from shardtool.translate.rotary import partial_as_whole, separate_scaling
+from shardtool.translate.rotary import frequencies, partial_as_whole, separate_scaling
 from shardtool.translate.verdict import Step, UntranslatableError, Verdict, worst
 
 # what config.json says of the tokens, whatever the architecture
@@ -189,7 +189,8 @@ def _decide(source: _Source, target: Family) -> _Decided:
             rules = without_layer_norms(rules)
         if a.softmax_scale is not None and found.target.softmax_scale is None:
             rules = scaled_queries(rules, a.softmax_scale * a.head_dim**0.5)
-        joined = join(a, rules, found.target, target.rules(found.target), axis_sizes(a))
+        factor = 1.0 if a.rope is None else frequencies(a.rope, a.head_dim, source.scaling).attention
+        joined = join(a, rules, found.target, target.rules(found.target), axis_sizes(a), factor)
     except DiffersError as error:
         verdict = Verdict(source.family.model_type, target.model_type, "impossible", reasons=error.reasons)
         raise UntranslatableError(verdict) from error
@@ -221,10 +222,9 @@ def _folds(made: Plan) -> list[Step]:
     """Values that are computed anew."""
     seen: dict[tuple[str, str], None] = {}
     for copy in made.copies:
-        if copy.src.codec != copy.dst.codec:
-            parts = [
-                f"{piece.name}: {describe(piece.codec)}" for piece in (copy.src, copy.dst) if piece.codec is not None
-            ]
+        if copy.changed:
+            pieces = zip((copy.src, copy.dst), copy.codecs, strict=True)
+            parts = [f"{piece.name}: {describe(codec)}" for piece, codec in pieces if codec is not None]
             seen[copy.dst.name, "; ".join(parts)] = None
     return [Step(f"{name} is computed in fp32 and rounded once ({how})", "exact") for name, how in seen]
 
@@ -267,7 +267,7 @@ def _folded(dtypes: dict[int, str], made: Plan, wide: str | None) -> dict[int, s
     """The dtypes with those of tensors that are computed anew replaced."""
     if wide is None:
         return dtypes
-    computed = {id(copy.dst) for copy in made.copies if copy.src.codec != copy.dst.codec}
+    computed = {id(copy.dst) for copy in made.copies if copy.changed}
     return {piece: wide if piece in computed else dtype for piece, dtype in dtypes.items()}
 
 
