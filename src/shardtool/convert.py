@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from shardtool.checkpoint.companions import companions
 from shardtool.checkpoint.constants import check_constants
 from shardtool.checkpoint.huggingface import (
     HuggingFace,
-    companions,
     config_bytes,
     huggingface_target,
     open_huggingface,
@@ -95,6 +95,8 @@ def prepare_hf2megatron(src: Path, options: MegatronOptions) -> Prepared:
         )
     check_constants(source.opened)
     notes = source.family.caveats(a) + without_flag(a) + _inexact_note(a)
+    if a.zero_out_bias:
+        notes += ("the bias on the attention's output is zeros and left out; megatron2hf writes zeros again",)
     if a.centred_norms and options.spec == "local":
         notes += ("norms are written as 1 + weight, rounded to the dtype; --spec te keeps the weights as they are",)
     return _to_megatron("hf2megatron", source.opened, a, source.opened.layout.rules, _filled(options), None, notes)
@@ -285,7 +287,7 @@ def prepare_megatron2hf(
     config.pop("quantization_config", None)  # what is written is dequantised
     tokenizer = hf if hf is not None and hf.is_dir() else None
     if tokenizer is not None:
-        companions(tokenizer)  # refuse now what could not be copied at the end
+        companions(tokenizer, config_bytes(config))  # refuse now what could not be copied at the end
     options = {"hf": None if hf is None else str(hf), "dtype": dtype, "max_shard_size": max_shard_size}
     options |= {"dialect": dialect} if dialect else {}
     return Prepared(

@@ -222,7 +222,7 @@ def test_what_megatron_core_cannot_express_is_refused_with_the_reason(
     ("changes", "names"),
     [
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": None}, ("yarn",)),
-        ({"attention_bias": True}, ("attention_bias",)),
+        ({"mlp_bias": True}, ("attention_bias", "mlp_bias")),
         ({"hidden_act": "quick_gelu"}, ("hidden_act", "quick_gelu")),
         ({"quantization_config": {"quant_method": "awq"}}, ("quantised", "awq")),
         ({"num_hidden_layers": "four"}, ("num_hidden_layers",)),

@@ -178,7 +178,6 @@ def test_biases_on_every_linear():
         ("llama3", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "'factor' is missing"),
         ("llama", {"partial_rotary_factor": 0.5}, "rotates whole heads"),
-        ("llama", {"attention_bias": True}, "attention_bias and mlp_bias differ"),
         ("llama", {"mlp_bias": True}, "attention_bias and mlp_bias differ"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "some layers have"),

@@ -32,12 +32,6 @@ CONFIG = "config.json"
 Read = TypeVar("Read")
 COUNTED = re.compile(r"(num|n)_\w*(layer|expert|head|group)s?\w*|\w*_layers")
 MOST = 100_000  # layers, experts, heads: what is written out one by one
-# what travels with the weights: tokenizer, chat template, generation settings
-COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "tokenizer.jsonl", "preprocessor_config.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -187,12 +181,3 @@ def huggingface_target(tensors: list[TargetTensor], max_shard_size: int) -> Targ
 def config_bytes(config: Mapping[str, Any]) -> bytes:
     """A config.json."""
     return (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode()
-
-
-def companions(source: Path) -> dict[str, bytes]:
-    """Tokenizer, chat template and generation config of a directory, as far as they are there: names and contents.
-
-    CheckpointError where one is a link out of the directory: a copy of that file would travel with the model.
-    """
-    there = [name for name in COMPANIONS if (source / name).is_file()]
-    return {name: plain_file(source, name, str(source)).read_bytes() for name in there}

@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from shardtool.checkpoint.companions import companions
 from shardtool.checkpoint.constants import broken_constants
 from shardtool.checkpoint.huggingface import config_bytes, huggingface_target, open_model, read_config, understood
 from shardtool.checkpoint.opened import Opened
@@ -118,10 +119,11 @@ def _prepare(src: Path, source: _Source, target: Family, dtype: str, fold_dtype:
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         sizes[tensor.dtype] += prod(tensor.shape)
-    written = _config(source, decided.found, target, sizes.most_common(1)[0][0])
+    written = config_bytes(_config(source, decided.found, target, sizes.most_common(1)[0][0]))
+    companions(src, written)  # refuse now what could not be copied at the end
     return Prepared(
         "translate", opened, made, huggingface_target(tensors, max_shard_size), decided.found.target, "",
-        {"config.json": config_bytes(written)}, src, _tokenizer_note(src), dtypes,
+        {"config.json": written}, src, dtypes=dtypes,
         options={"to": target.model_type, "dtype": dtype, "fold_dtype": fold_dtype, "max_shard_size": max_shard_size},
         verdict=decided.verdict,
     )  # fmt: skip
@@ -285,10 +287,3 @@ def _config(source: _Source, found: Match, target: Family, dtype: str) -> dict[s
             # transformers 4 takes it from here, and 5 gives it precedence
             config["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
     return config
-
-
-def _tokenizer_note(src: Path) -> tuple[str, ...]:
-    file = src / "tokenizer_config.json"
-    if file.is_file() and b"auto_map" in file.read_bytes():
-        return ("the tokenizer is code of the source's repository (auto_map): copy its .py files if you need it",)
-    return ()
