@@ -37,6 +37,12 @@ def ratio(ours: Tensor, theirs: Tensor) -> float:
     return ((ours.float() - theirs.float()).abs().max() / ours.float().std()).item()
 
 
+def typical(ours: Tensor, theirs: Tensor) -> float:
+    """The same of the median position: where a router rounds, single tokens may get another expert."""
+    apart = (ours.float() - theirs.float()).abs().amax(-1).flatten()
+    return (apart.median() / ours.float().std()).item()
+
+
 def edit_config(directory: Path, **changes: object) -> None:
     """Change a config.json in place."""
     file = directory / "config.json"

@@ -33,6 +33,10 @@ from shardtool.translate.norms import with_biases, without_layer_norms
 from shardtool.translate.rotary import frequencies, partial_as_whole, separate_scaling
 from shardtool.translate.verdict import Step, UntranslatableError, Verdict, worst
 
+ROUTERS = (
+    "the two families' routers round in different places: in low precision a token that two experts are about equal for "
+    "may get the other one"
+)
 # what config.json says of the tokens, whatever the architecture
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache")
 
@@ -203,6 +207,8 @@ def _decide(source: _Source, target: Family) -> _Decided:
 def _verdict(source: _Source, found: Match, made: Plan, target: Family) -> Verdict:
     steps = [*found.steps, *_folds(made), *_constants(made), *_head(source, found, target, made)]
     a = source.architecture
+    if a.moe is not None and source.family.model_type != target.model_type:
+        steps.append(Step(ROUTERS, "exact"))
     limit = source.family.limit(source.config)
     if limit and source.family.model_type != target.model_type:
         what = f"sequences of at most {a.max_positions} tokens: {limit}; max_position_embeddings says so"
