@@ -150,12 +150,15 @@ def test_windows():
         assert read(config_of(name, **sliding, max_window_layers=0)).window == 8
         assert read(config_of(name, **sliding, max_window_layers=4)).window is None
         assert read(config_of(name, sliding_window=8)).window is None
-        types = ["sliding_attention"] * 4
-        a = read(config_of(name, **sliding, max_window_layers=2, layer_types=types))
-        assert a.window == 8
-        written = FAMILIES[name].write_config(a, "float32")
-        assert CONFIG_MAPPING[name].from_dict(written).layer_types == types
-        assert read(written) == a
+        mixed = read(config_of(name, **sliding, max_window_layers=3))
+        assert (mixed.window, mixed.window_layers) == (8, (3,))
+        for types in (["sliding_attention"] * 4, ["full_attention", "sliding_attention"] * 2):
+            a = read(config_of(name, **sliding, max_window_layers=2, layer_types=types))
+            assert a.window == 8
+            assert a.window_layers == (None if types[0] == types[1] else (1, 3))
+            written = FAMILIES[name].write_config(a, "float32")
+            assert CONFIG_MAPPING[name].from_dict(written).layer_types == types
+            assert read(written) == a
 
 
 def test_biases_on_every_linear():
@@ -180,7 +183,8 @@ def test_biases_on_every_linear():
         ("llama", {"partial_rotary_factor": 0.5}, "rotates whole heads"),
         ("llama", {"mlp_bias": True}, "attention_bias and mlp_bias differ"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "some layers have"),
+        ("mimo", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "some layers have"),
+        ("qwen3", {"layer_types": ["full_attention", "chunked_attention"] * 2}, "chunked_attention is not known"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "use_sliding_window is off"),
         ("mistral", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "changes from layer to layer"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
@@ -356,6 +360,8 @@ VARIANTS = {
     "gelu": config_of("gpt2", activation_function="gelu"),
     "untied": config_of("gpt2", tie_word_embeddings=False),
     "sliding": config_of("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0),
+    "sliding_mixed": config_of("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=3),
+    "sliding_dots": config_of("dots1", sliding_window=8, max_window_layers=2),
     "gpt_oss_plain": config_of("gpt_oss", rope_scaling={"rope_type": "default"}, sliding_window=None),
     "gpt_oss_sliding": config_of("gpt_oss", layer_types=["sliding_attention"] * 4),
     "gpt_oss_default": {

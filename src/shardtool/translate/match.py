@@ -155,10 +155,19 @@ Identity: TypeAlias = Callable[[Architecture, Architecture, Mapping[str, Any] | 
 def _window(a: Architecture, back: Architecture, _: Mapping[str, Any] | None) -> Answer:
     if back.window is not None or a.window is None:
         return None
-    b = replace(a, window=None, max_positions=min(a.max_positions, a.window))
+    b = replace(a, window=None, window_layers=None, max_positions=min(a.max_positions, a.window))
     if a.window >= a.max_positions:
         return b, (Step(f"the sliding window of {a.window} tokens is never shorter than the sequence: left out"),)
     what = f"sequences of at most {a.window} tokens, the sliding window: max_position_embeddings says so"
+    return b, (Step(what, "conditional"),)
+
+
+def _window_layers(a: Architecture, back: Architecture, _: Mapping[str, Any] | None) -> Answer:
+    """The target has a window on all layers, or on none: up to its length that is the same."""
+    if a.window is None or back.window != a.window or back.window_layers is not None:
+        return (a, ()) if a.window is None else None
+    b = replace(a, window_layers=None, max_positions=min(a.max_positions, a.window))
+    what = f"sequences of at most {a.window} tokens, the sliding window of some layers: max_position_embeddings says so"
     return b, (Step(what, "conditional"),)
 
 
@@ -233,6 +242,7 @@ def _softmax_scale(a: Architecture, back: Architecture, _: Mapping[str, Any] | N
 
 IDENTITIES: dict[str, Identity] = {
     "window": _window,
+    "window_layers": _window_layers,
     "rope": _rope,
     "biases": _biases,
     "norm": _norm,
