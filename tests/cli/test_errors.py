@@ -221,7 +221,7 @@ def test_what_megatron_core_cannot_express_is_refused_with_the_reason(
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": None}, ("yarn",)),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": None}, ("original_max",)),
         ({"mlp_bias": True}, ("attention_bias", "mlp_bias")),
         ({"hidden_act": "quick_gelu"}, ("hidden_act", "quick_gelu")),
         ({"quantization_config": {"quant_method": "awq"}}, ("quantised", "awq")),

@@ -171,10 +171,21 @@ def test_biases_on_every_linear():
 # refusals
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "'original_max_position_embeddings' is missing",
+        ),
+        ("llama", {"rope_scaling": YARN | {"attention_factor": 1.2}}, "attention_factor of its own"),
+        ("ernie4_5", {"rope_scaling": YARN}, "yarn on neighbouring dims"),
+        ("glm", {"rope_scaling": YARN}, "yarn on neighbouring dims"),
+        ("stablelm", {"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "yarn on a part of each head"),
         ("llama", {"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope'"),
         ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'"),
         ("llama3", {"rope_scaling": {**CONFIGS["llama3"]["rope_scaling"], "low_freq_factor": 2.0}}, "fixes them"),
@@ -197,7 +208,7 @@ def test_biases_on_every_linear():
         ("gemma", {"attention_bias": True}, "a bias on q, k, v and o without one in the MLP"),
         ("gemma", {"use_bidirectional_attention": True}, "causal"),
         ("nemotron", {"attention_bias": True}, "attention_bias and mlp_bias differ"),
-        ("nemotron", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ("nemotron", {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "'longrope'"),
         ("granite", {"mlp_bias": True}, "attention_bias and mlp_bias differ"),
         ("granite", {"residual_multiplier": 0.0}, "a multiplier of 0"),
         ("granitemoe", {"attention_bias": True}, "attention_bias and mlp_bias differ"),
@@ -362,6 +373,7 @@ VARIANTS = {
     "sliding": config_of("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0),
     "sliding_mixed": config_of("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=3),
     "sliding_dots": config_of("dots1", sliding_window=8, max_window_layers=2),
+    "yarn": config_of("qwen2", rope_scaling=YARN),
     "gpt_oss_plain": config_of("gpt_oss", rope_scaling={"rope_type": "default"}, sliding_window=None),
     "gpt_oss_sliding": config_of("gpt_oss", layer_types=["sliding_attention"] * 4),
     "gpt_oss_default": {

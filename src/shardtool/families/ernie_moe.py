@@ -62,7 +62,7 @@ def _extra(a: Architecture) -> dict[str, Any]:
 def _refuse(config: Config) -> str | None:
     if config.get("use_bias"):
         return "use_bias: its router has no bias where all linears have one, megatron-core's has"
-    return rope_refusal(config)
+    return rope_refusal(config, interleaved=True)
 
 
 FAMILY = Family(
