@@ -14,8 +14,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardtool.checkpoint.companions import Companions, companions
 from shardtool.checkpoint.constants import constant_fills
-from shardtool.checkpoint.huggingface import companions
 from shardtool.checkpoint.identity import Identity, identify
 from shardtool.checkpoint.opened import Opened
 from shardtool.checkpoint.padding import cut_rows, padding_rows
@@ -268,7 +268,9 @@ def _write_last(
     """Write what comes after the tensors: metadata, tokenizer, the manifest, and config or tracker. Returns what is to
     be said of it.
     """
-    carried = companions(prepared.companions) if prepared.companions is not None else {}
+    carried = Companions()
+    if prepared.companions is not None:
+        carried = companions(prepared.companions, prepared.last.get("config.json", b"{}"))
     below = f"{prepared.subdirectory}/" if prepared.subdirectory else ""
     files = {below + name: listed(record, prepared.target) for name, record in stage.records().items()}
     if lacking := [name for name in prepared.target.skeletons if below + name not in files]:
@@ -285,7 +287,7 @@ def _write_last(
 
     for name, make in prepared.target.last.items():
         put(below + name, make())
-    for name, data in carried.items():
+    for name, data in carried.files.items():
         put(below + name, data)
     files |= {name: ManifestFile(len(data), sha256(data) if checksums else "") for name, data in prepared.last.items()}
     command = command_line(prepared.direction, str(identity.path), prepared.options)
@@ -293,7 +295,7 @@ def _write_last(
     write_small(stage.output / MANIFEST, manifest_bytes(command, plan_digest, identity.as_dict(), files, verdict))
     for name, data in prepared.last.items():
         put(name, data)
-    return (f"carried over: {', '.join(carried)}",) if carried else ()
+    return ((f"carried over: {', '.join(carried.files)}",) if carried.files else ()) + carried.notes
 
 
 DIVERGED = "the ranks are not of one save, or a rank diverged during training"

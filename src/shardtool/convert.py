@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from shardtool.checkpoint.companions import companions
+from shardtool.checkpoint.constants import check_constants
 from shardtool.checkpoint.huggingface import (
     HuggingFace,
-    companions,
     config_bytes,
     huggingface_target,
     open_huggingface,
@@ -33,7 +34,7 @@ from shardtool.families.blocks import axis_sizes, standard
 from shardtool.families.exactness import inexact
 from shardtool.families.family import TRAINING_ONLY, Family, describe_differences
 from shardtool.families.launch_flags import launch_flags, without_flag
-from shardtool.families.megatron_args import FAMILY_NAME, GROUP_SCORE, INEXACT, to_args
+from shardtool.families.megatron_args import FAMILY_NAME, GROUP_SCORE, INEXACT, ZERO_OUT_BIAS, to_args
 from shardtool.families.registry import family_of, infer_family
 from shardtool.formats.tracker import TRACKER, iteration_name, tracker_bytes
 from shardtool.layout.huggingface import huggingface_layout
@@ -94,7 +95,10 @@ def prepare_hf2megatron(src: Path, options: MegatronOptions) -> Prepared:
             where=str(src),
             hint="--allow-inexact converts the weights all the same: for code that computes it as the original does",
         )
+    check_constants(source.opened)
     notes = source.family.caveats(a) + without_flag(a) + _inexact_note(a)
+    if a.zero_out_bias:
+        notes += ("the bias on the attention's output is zeros and left out; megatron2hf writes zeros again",)
     if a.centred_norms and options.spec == "local":
         notes += ("norms are written as 1 + weight, rounded to the dtype; --spec te keeps the weights as they are",)
     return _to_megatron("hf2megatron", source.opened, a, source.opened.layout.rules, _filled(options), None, notes)
@@ -197,7 +201,7 @@ def _as_options(options: MegatronOptions) -> dict[str, Any]:
 NOT_IN_TENSORS = (
     "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor",
     "moe_router_num_groups", "moe_router_group_topk", GROUP_SCORE, INEXACT, "rope_type", "rotary_scaling_factor",
-    "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", FAMILY_NAME,
+    "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", FAMILY_NAME, ZERO_OUT_BIAS,
 )  # fmt: skip
 
 
@@ -248,13 +252,19 @@ def _check_options(options: MegatronOptions, a: Architecture) -> None:
 
 
 def prepare_megatron2hf(
-    src: Path, hf: Path | None, *, dtype: str = "keep", max_shard_size: int = 5 * 10**9, reflink: bool = False
+    src: Path,
+    hf: Path | None,
+    *,
+    dtype: str = "keep",
+    max_shard_size: int = 5 * 10**9,
+    dialect: str | None = None,
+    reflink: bool = False,
 ) -> Prepared:
     """Megatron to a Hugging Face directory.
 
     Without `hf` config.json is made from the checkpoint's args. With it (a directory or a config.json) the config is
     taken over, after a comparison with the args; the true vocabulary size, tokenizer, chat template and generation
-    config come from there.
+    config come from there. `dialect` chooses the names on disk, where the family has several.
     """
     source = read_megatron(src)
     if dtype not in ("keep", *DTYPES):
@@ -273,7 +283,7 @@ def prepare_megatron2hf(
         notes += (
             f"the args have no vocab_size: all {source.padded_vocab} stored rows are exported; --hf gives the true size",
         )
-    rules = family.rules(a)
+    rules = family.speaking(dialect).rules(a)
     opened = source.open(rules, a.vocab_size)
     layout = huggingface_layout(rules, axis_sizes(a))
     made = plan(opened.layout, layout)
@@ -286,13 +296,10 @@ def prepare_megatron2hf(
     config.pop("quantization_config", None)  # what is written is dequantised
     tokenizer = hf if hf is not None and hf.is_dir() else None
     if tokenizer is not None:
-        companions(tokenizer)  # refuse now what could not be copied at the end
-    options = {
-        "hf": None if hf is None else str(hf),
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-        "reflink": reflink,
-    }
+        companions(tokenizer, config_bytes(config))  # refuse now what could not be copied at the end
+    options = {"hf": None if hf is None else str(hf), "dtype": dtype, "max_shard_size": max_shard_size}
+    options |= {"reflink": True} if reflink else {}
+    options |= {"dialect": dialect} if dialect else {}
     return Prepared(
         "megatron2hf", opened, made, target, a, "", {"config.json": config_bytes(config)}, tokenizer, notes, dtypes,
         options,
@@ -308,7 +315,7 @@ def _target_family(source: Megatron, hf: Path | None) -> tuple[Family, Architect
     config = read_config(hf)
     family, theirs = understood(lambda: _read(config), hf)
     # what the weights contain is the given config's to say: a run of Megatron-LM does not keep it in its args
-    ignore = {"family", "mtp_layers", "folded", *TRAINING_ONLY}
+    ignore = {"family", "mtp_layers", "folded", "zero_out_bias", *TRAINING_ONLY}
     if a.rope is not None:
         ignore.add("max_positions")  # training may have seen shorter sequences than the model allows
     if not source.args.get("vocab_size"):

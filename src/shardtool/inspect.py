@@ -11,6 +11,7 @@ from shardtool.checkpoint.megatron import Megatron, read_megatron
 from shardtool.checkpoint.opened import Opened
 from shardtool.errors import ShardtoolError
 from shardtool.families.architecture import Architecture
+from shardtool.families.dialects import found_in
 from shardtool.formats.detect import detect
 from shardtool.layout.mesh import virtual_stages
 
@@ -54,7 +55,10 @@ def inspect_checkpoint(path: Path, *, values: bool = False, allow_nan: bool = Fa
     found = detect(path)
     if found.kind.startswith("hf_"):
         facts: dict[str, Any] = {"format": f"Hugging Face {'safetensors' if found.kind == 'hf_safetensors' else 'bin'}"}
-        opened = open_huggingface(path).opened
+        source = open_huggingface(path)
+        opened = source.opened
+        if dialects := found_in(source.family.rules(opened.architecture), opened.layout.rules, source.family.dialects):
+            facts["dialect"] = ", ".join(dialects)
         return _with_tensors(path, facts | _model(opened.architecture), opened, values, allow_nan)
     megatron = read_megatron(path)
     facts = {"format": f"Megatron {megatron.format}", **_layout(megatron)}

@@ -18,6 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def build(
     import torch  # noqa: PLC0415 - heavy
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # noqa: PLC0415 - heavy
 
-    fields = dict(config) if isinstance(config, Mapping) else json.loads(Path(config).read_text())
+    # transformers writes into what it is given
+    fields = deepcopy(dict(config)) if isinstance(config, Mapping) else json.loads(Path(config).read_text())
     model_config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     model_config.initializer_range = INITIALIZER_RANGE
 

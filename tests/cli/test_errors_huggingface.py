@@ -32,10 +32,10 @@ def test_what_megatron_core_cannot_express_is_refused_with_the_reason(
 
 
 CONFIGS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
-    "a rope type that megatron-core does not have": (
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": None}, ("cannot be converted", "yarn")
+    "yarn that lacks the length it was trained with": (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": None}, ("cannot be converted", "original_max")
     ),
-    "biases on some linears": ({"attention_bias": True}, ("cannot be converted", "attention_bias")),
+    "biases on some linears": ({"mlp_bias": True}, ("cannot be converted", "attention_bias", "mlp_bias")),
     "an unknown activation": ({"hidden_act": "quick_gelu"}, ("cannot be converted", "hidden_act", "quick_gelu")),
     "quantised weights": ({"quantization_config": {"quant_method": "awq"}}, ("cannot be converted", "quantised", "awq")),
     "a word for a number": ({"num_hidden_layers": "four"}, ("num_hidden_layers",)),

@@ -150,12 +150,15 @@ def test_windows():
         assert read(config_of(name, **sliding, max_window_layers=0)).window == 8
         assert read(config_of(name, **sliding, max_window_layers=4)).window is None
         assert read(config_of(name, sliding_window=8)).window is None
-        types = ["sliding_attention"] * 4
-        a = read(config_of(name, **sliding, max_window_layers=2, layer_types=types))
-        assert a.window == 8
-        written = FAMILIES[name].write_config(a, "float32")
-        assert CONFIG_MAPPING[name].from_dict(written).layer_types == types
-        assert read(written) == a
+        mixed = read(config_of(name, **sliding, max_window_layers=3))
+        assert (mixed.window, mixed.window_layers) == (8, (3,))
+        for types in (["sliding_attention"] * 4, ["full_attention", "sliding_attention"] * 2):
+            a = read(config_of(name, **sliding, max_window_layers=2, layer_types=types))
+            assert a.window == 8
+            assert a.window_layers == (None if types[0] == types[1] else (1, 3))
+            written = FAMILIES[name].write_config(a, "float32")
+            assert CONFIG_MAPPING[name].from_dict(written).layer_types == types
+            assert read(written) == a
 
 
 def test_biases_on_every_linear():
@@ -168,20 +171,31 @@ def test_biases_on_every_linear():
 # refusals
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "'original_max_position_embeddings' is missing",
+        ),
+        ("llama", {"rope_scaling": YARN | {"attention_factor": 1.2}}, "attention_factor of its own"),
+        ("ernie4_5", {"rope_scaling": YARN}, "yarn on neighbouring dims"),
+        ("glm", {"rope_scaling": YARN}, "yarn on neighbouring dims"),
+        ("stablelm", {"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "yarn on a part of each head"),
         ("llama", {"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope'"),
         ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'"),
         ("llama3", {"rope_scaling": {**CONFIGS["llama3"]["rope_scaling"], "low_freq_factor": 2.0}}, "fixes them"),
         ("llama3", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "'factor' is missing"),
         ("llama", {"partial_rotary_factor": 0.5}, "rotates whole heads"),
-        ("llama", {"attention_bias": True}, "attention_bias and mlp_bias differ"),
         ("llama", {"mlp_bias": True}, "attention_bias and mlp_bias differ"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "some layers have"),
+        ("mimo", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "some layers have"),
+        ("qwen3", {"layer_types": ["full_attention", "chunked_attention"] * 2}, "chunked_attention is not known"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "use_sliding_window is off"),
         ("mistral", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "changes from layer to layer"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
@@ -194,7 +208,7 @@ def test_biases_on_every_linear():
         ("gemma", {"attention_bias": True}, "a bias on q, k, v and o without one in the MLP"),
         ("gemma", {"use_bidirectional_attention": True}, "causal"),
         ("nemotron", {"attention_bias": True}, "attention_bias and mlp_bias differ"),
-        ("nemotron", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ("nemotron", {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "'longrope'"),
         ("granite", {"mlp_bias": True}, "attention_bias and mlp_bias differ"),
         ("granite", {"residual_multiplier": 0.0}, "a multiplier of 0"),
         ("granitemoe", {"attention_bias": True}, "attention_bias and mlp_bias differ"),
@@ -358,6 +372,9 @@ VARIANTS = {
     "gelu": config_of("gpt2", activation_function="gelu"),
     "untied": config_of("gpt2", tie_word_embeddings=False),
     "sliding": config_of("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0),
+    "sliding_mixed": config_of("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=3),
+    "sliding_dots": config_of("dots1", sliding_window=8, max_window_layers=2),
+    "yarn": config_of("qwen2", rope_scaling=YARN),
     "gpt_oss_plain": config_of("gpt_oss", rope_scaling={"rope_type": "default"}, sliding_window=None),
     "gpt_oss_sliding": config_of("gpt_oss", layer_types=["sliding_attention"] * 4),
     "gpt_oss_default": {

@@ -41,9 +41,7 @@ def test_companions_and_token_ids_are_carried(tiny_model: TinyModel, tmp_path: P
 
     shutil.copytree(tiny_model("llama"), tmp_path / "in")
     (tmp_path / "in" / "chat_template.jinja").write_text("{{ messages }}")
-    (tmp_path / "in" / "tokenizer_config.json").write_text('{"auto_map": {}}')
-    result = done("translate", tmp_path / "in", tmp_path / "out", "--to", "qwen2", "-q", "--json").json
-    assert any("code of the source's repository" in note for note in result["notes"])
+    done("translate", tmp_path / "in", tmp_path / "out", "--to", "qwen2", "-q")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     before = json.loads((tmp_path / "in" / "config.json").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,23 @@ def thirds(t: Tensors) -> None:
             t[at + f"{name}_proj.weight"] = part.repeat(2, 1)[:rows].clone()
 
 
+def rest_of_queries(q: torch.Tensor) -> torch.Tensor:
+    """The rows of 4 heads of 16 that do not rotate, as a view: in each half of a head the last two of eight."""
+    return q.view(4, 2, 8, -1)[:, :, 6:]
+
+
+def read_config(out: Path) -> dict[str, Any]:
+    return json.loads((out / "config.json").read_text())
+
+
+PHI4 = {
+    "partial_rotary_factor": 0.75, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None,
+    "original_max_position_embeddings": 64, "rope_scaling": {
+        "type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6, "attention_factor": 1.7,
+    },
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 1.7}
+
 FAULTS: dict[str, tuple[str, dict[str, object], str, Callable[[Path], object]]] = {
     "chunk(3) of a grouped qkv": (
         "phi3", {"sliding_window": None}, "llama", lambda out: edit_tensors(out, thirds)),
@@ -51,6 +69,12 @@ FAULTS: dict[str, tuple[str, dict[str, object], str, Callable[[Path], object]]] 
         out, lambda t: [v.sub_(1) for k, v in t.items() if k.endswith("norm.weight")])),
     "rows that stand still rotate": ("glm", {"rope_theta": 100.0}, "llama", lambda out: edit_config(
         out, rope_scaling=None)),
+    "an attention factor on the rows that stand still": ("phi3", PHI4, "llama", lambda out: edit_tensors(
+        out, lambda t: [rest_of_queries(v).mul_(1.7**2) for k, v in t.items() if k.endswith("q_proj.weight")])),
+    "no attention factor at all": ("phi3", PHI4, "llama", lambda out: edit_config(
+        out, rope_scaling=read_config(out)["rope_scaling"] | {"attention_factor": 1.0})),
+    "the rows that stand still are not divided": ("glm", {"rope_scaling": YARN}, "llama", lambda out: edit_config(
+        out, rope_scaling=read_config(out)["rope_scaling"] | {"attention_factor": 1.0})),
     "up without its bias": ("starcoder2", {"sliding_window": None}, "llama", lambda out: edit_tensors(
         out, zeroed("up_proj.bias"))),
 }  # fmt: skip

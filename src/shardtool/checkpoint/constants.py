@@ -8,6 +8,7 @@ from typing import Any
 
 from shardtool.checkpoint.opened import Opened, fold
 from shardtool.checkpoint.target import Target
+from shardtool.errors import CheckpointError
 from shardtool.execute.codecs import Values, read_values
 from shardtool.execute.numbers import numpy, numpy_dtype
 from shardtool.execute.tiles import Workspace
@@ -43,6 +44,19 @@ def broken_constants(source: Opened) -> list[str]:
     finally:
         space.close()
     return fold(lines)
+
+
+def check_constants(source: Opened) -> None:
+    """CheckpointError naming the tensors that Megatron has no place for and that are not the number that they must be."""
+    if broken := broken_constants(source):
+        raise CheckpointError(
+            "tensors that megatron-core has no place for are not zero",
+            where=str(source.path),
+            expected="zeros: megatron-core has biases on all linears of a layer, or on q, k and v alone",
+            found=f"{len(broken)} that are not",
+            details=tuple(broken[:20]),
+            hint="this model cannot be expressed in megatron-core: its output biases do something",
+        )
 
 
 def _elements(space: Workspace, stored: Stored) -> Iterator[Any]:

@@ -32,12 +32,6 @@ CONFIG = "config.json"
 Read = TypeVar("Read")
 COUNTED = re.compile(r"(num|n)_\w*(layer|expert|head|group)s?\w*|\w*_layers")
 MOST = 100_000  # layers, experts, heads: what is written out one by one
-# what travels with the weights: tokenizer, chat template, generation settings
-COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "tokenizer.jsonl", "preprocessor_config.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,8 @@ class Described:
     def layout(self) -> Layout:
         """Where the components of its model live, in the tensors that are there."""
         a = self.architecture
-        return huggingface_layout(self.family.rules(a), axis_sizes(a), present=self.stored.keys())
+        rules = self.family.rules_as_stored(a, self.stored.keys())
+        return huggingface_layout(rules, axis_sizes(a), present=self.stored.keys())
 
     def headers(self) -> dict[Key, Header]:
         """Shapes and dtypes of the tensors that are there."""
@@ -87,16 +82,17 @@ class Described:
         return self.stored[key[1]]
 
 
-def describe_huggingface(path: Path) -> Described:
+def describe_huggingface(path: Path, *, megatron: bool = True) -> Described:
     """Read config and headers and choose the family; whether the tensors are those of the model is not asked.
 
+    Without `megatron` it is described as the family has it, whether or not megatron-core could hold it.
     Raises UsageError for an unknown architecture or one that cannot be converted.
     """
     config = read_config(path)
 
     def read() -> tuple[Family, Architecture]:
         family = family_of(config)
-        return family, family.read_config(config)
+        return family, family.read_config(config, megatron=megatron)
 
     family, architecture = understood(read, path)
     return _describe(path, config, family, architecture)
@@ -122,13 +118,14 @@ def _describe(path: Path, config: Mapping[str, Any], family: Family, architectur
     return Described(config, family, architecture, stored)
 
 
-def open_huggingface(path: Path) -> HuggingFace:
+def open_huggingface(path: Path, *, megatron: bool = True) -> HuggingFace:
     """Open a directory: read headers, choose the family, account for every tensor. No payload is read.
 
+    Without `megatron` as the family has it, whether or not megatron-core could hold it.
     Raises UsageError for an unknown architecture or one that cannot be converted, CheckpointError where the tensors
     are not those of the model.
     """
-    return _opened(path, describe_huggingface(path))
+    return _opened(path, describe_huggingface(path, megatron=megatron))
 
 
 def open_model(path: Path, config: Mapping[str, Any], family: Family, architecture: Architecture) -> HuggingFace:
@@ -190,12 +187,3 @@ def huggingface_target(
 def config_bytes(config: Mapping[str, Any]) -> bytes:
     """A config.json."""
     return (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode()
-
-
-def companions(source: Path) -> dict[str, bytes]:
-    """Tokenizer, chat template and generation config of a directory, as far as they are there: names and contents.
-
-    CheckpointError where one is a link out of the directory: a copy of that file would travel with the model.
-    """
-    there = [name for name in COMPANIONS if (source / name).is_file()]
-    return {name: plain_file(source, name, str(source)).read_bytes() for name in there}

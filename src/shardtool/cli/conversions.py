@@ -15,6 +15,7 @@ from shardtool.cli.options import (
     AccountLoss,
     AllowNan,
     Budget,
+    DialectOption,
     Divisible,
     Dtype,
     DtypeOption,
@@ -110,7 +111,8 @@ def hf2megatron(
 
 
 def megatron2hf(
-    src: Source, dst: Target, hf: Hf = None, dtype: DtypeOption = Dtype.keep, max_shard_size: ShardSize = "5GB",
+    src: Source, dst: Target, hf: Hf = None, dialect: DialectOption = None, dtype: DtypeOption = Dtype.keep,
+    max_shard_size: ShardSize = "5GB",
     reflink: Reflink = False, no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
@@ -123,8 +125,8 @@ def megatron2hf(
         ready(source, dst, overwrite)
         size = bytes_of(max_shard_size, "--max-shard-size")
         prepare = partial(
-            convert.prepare_megatron2hf, source, hf, dtype=dtype.value, max_shard_size=size, reflink=reflink
-        )
+            convert.prepare_megatron2hf, source, hf, dtype=dtype.value, max_shard_size=size, dialect=dialect, reflink=reflink
+        )  # fmt: skip
         execute_prepared(prepare, dst, overwrite, workers(jobs, memory_budget), no_checksums, tensor_digests, allow_nan)
 
 
@@ -182,7 +184,8 @@ def plan_hf2megatron(
 
 
 def plan_megatron2hf(
-    src: Source, dst: MaybeTarget = None, hf: Hf = None, dtype: DtypeOption = Dtype.keep, max_shard_size: ShardSize = "5GB",
+    src: Source, dst: MaybeTarget = None, hf: Hf = None, dialect: DialectOption = None, dtype: DtypeOption = Dtype.keep,
+    max_shard_size: ShardSize = "5GB",
     reflink: Reflink = False, no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, overwrite: Overwrite = False, allow_nan: AllowNan = False,
     jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
@@ -191,11 +194,11 @@ def plan_megatron2hf(
     from shardtool import convert  # noqa: PLC0415 - numpy and the engine are not needed for --help
 
     size = bytes_of(max_shard_size, "--max-shard-size")
-    explain_prepared(
-        convert.prepare_megatron2hf(checkpoint(src), hf, dtype=dtype.value, max_shard_size=size, reflink=reflink),
-        dst,
-        overwrite,
+    source = checkpoint(src)
+    found = convert.prepare_megatron2hf(
+        source, hf, dtype=dtype.value, max_shard_size=size, dialect=dialect, reflink=reflink
     )
+    explain_prepared(found, dst, overwrite)
 
 
 def plan_reshard(

@@ -139,6 +139,7 @@ MaybeDivisible = Annotated[int | None, typer.Option("--vocab-divisible-by", min=
 Pad = Annotated[VocabPad, typer.Option("--vocab-pad", help="What fills the padding rows.", rich_help_panel=OUTPUT)]
 Hf = Annotated[Path | None, typer.Option("--hf", metavar="DIR|CONFIG", help="The Hugging Face model: config, tokenizer and chat template come from it.", rich_help_panel=OUTPUT)]
 ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest safetensors file.", rich_help_panel=OUTPUT)]
+DialectOption = Annotated[str | None, typer.Option("--dialect", metavar="NAME", help="The names on disk where a family has several: per-expert, or fused as transformers 5 keeps experts. [default: those that the family is published with]", rich_help_panel=OUTPUT, show_default=False)]
 NoChecksums = Annotated[bool, typer.Option("--no-checksums", help="No SHA-256 of the files in shardtool.json, and no look for NaN in values that only move.", rich_help_panel=OUTPUT)]
 TensorDigests = Annotated[bool, typer.Option("--tensor-digests", help="Also the SHA-256 of every tensor in shardtool.json.", rich_help_panel=OUTPUT)]
 Reflink = Annotated[bool, typer.Option("--reflink", help="Share blocks with the source where weights only move, on XFS, Btrfs and the like: records are laid out for it.", rich_help_panel=OUTPUT)]

@@ -15,6 +15,7 @@ from shardtool.cli.options import (
     OUTPUT,
     AllowNan,
     Budget,
+    DialectOption,
     Dtype,
     DtypeOption,
     Jobs,
@@ -45,7 +46,8 @@ Explain = Annotated[bool, typer.Option("--explain", help="Say what happens to ev
 
 def translate(
     src: Source, dst: Made = None, *, to: To, explain: Explain = False,
-    dtype: DtypeOption = Dtype.keep, fold_dtype: FoldDtype = Dtype.keep, max_shard_size: ShardSize = "5GB",
+    dialect: DialectOption = None, dtype: DtypeOption = Dtype.keep, fold_dtype: FoldDtype = Dtype.keep,
+    max_shard_size: ShardSize = "5GB",
     no_checksums: NoChecksums = False, tensor_digests: TensorDigests = False, allow_nan: AllowNan = False,
     overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
@@ -58,7 +60,7 @@ def translate(
         raise UsageError("DST is missing", hint="give the directory to make, or --explain to see what would be done")
     size = bytes_of(max_shard_size, "--max-shard-size")
     prepare = partial(
-        prepare_translate, source, to, dtype=dtype.value, fold_dtype=fold_dtype.value, max_shard_size=size
+        prepare_translate, source, to, dtype=dtype.value, fold_dtype=fold_dtype.value, max_shard_size=size, dialect=dialect
     )  # fmt: skip
     if explain or dst is None:
         explain_prepared(prepare(), dst, overwrite)
@@ -70,7 +72,8 @@ def translate(
 
 def plan_translate(
     src: Source, dst: MaybeTarget = None, *, to: To,
-    dtype: DtypeOption = Dtype.keep, fold_dtype: FoldDtype = Dtype.keep, max_shard_size: ShardSize = "5GB",
+    dialect: DialectOption = None, dtype: DtypeOption = Dtype.keep, fold_dtype: FoldDtype = Dtype.keep,
+    max_shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False, jobs: Jobs = DEFAULT_JOBS, memory_budget: Budget = "512MiB", config: Recipe = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
@@ -78,7 +81,9 @@ def plan_translate(
     from shardtool.translate import prepare_translate  # noqa: PLC0415 - numpy and the engine are not needed for --help
 
     size = bytes_of(max_shard_size, "--max-shard-size")
-    found = prepare_translate(checkpoint(src), to, dtype=dtype.value, fold_dtype=fold_dtype.value, max_shard_size=size)
+    found = prepare_translate(
+        checkpoint(src), to, dtype=dtype.value, fold_dtype=fold_dtype.value, max_shard_size=size, dialect=dialect
+    )  # fmt: skip
     explain_prepared(found, dst, overwrite)
 
 

@@ -49,7 +49,7 @@ def _notes(pair: Pair) -> Iterator[str]:
     ours, theirs = pair.a.said.architecture, pair.b.said.architecture
     if ours is None or theirs is None:
         return
-    ignore = {"family", "vocab_size", "max_positions", *TRAINING_ONLY}
+    ignore = {"family", "vocab_size", "max_positions", "zero_out_bias", *TRAINING_ONLY}
     for line in describe_differences(ours, theirs, frozenset(ignore)):
         yield f"the configs differ: {line}"
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
+from shardtool.checkpoint.constants import broken_constants
 from shardtool.checkpoint.huggingface import describe_huggingface, read_config, read_tensors
 from shardtool.checkpoint.megatron import IGNORED, Megatron, read_megatron
-from shardtool.checkpoint.opened import Header
+from shardtool.checkpoint.opened import Header, Opened
 from shardtool.checkpoint.structure import structure
 from shardtool.diff.permutations import axis_name
 from shardtool.errors import ShardtoolError, UsageError
@@ -109,30 +110,52 @@ def name_axes(rule: Rule) -> tuple[str, ...]:
 def open_pair(a: Path, b: Path) -> Pair:
     """Read the headers of both checkpoints. CheckpointError or UsageError where one cannot be read at all."""
     kinds = [detect(path).kind.startswith("hf_") for path in (a, b)]
-    family = next((_family(path) for path, hf in zip((a, b), kinds, strict=True) if hf), None)
-    plain = all(kinds) and (family is None or _family(b) is None)
+    megatron = not all(kinds)
+    family = next((_family(path, megatron) for path, hf in zip((a, b), kinds, strict=True) if hf), None)
+    plain = all(kinds) and (family is None or _family(b, megatron) is None)
     said = [
-        _plain(path) if plain else _huggingface(path) if hf else _megatron(path, family)
+        _plain(path) if plain else _huggingface(path, megatron) if hf else _megatron(path, family)
         for path, hf in zip((a, b), kinds, strict=True)
     ]
     return _pair(said[0], said[1], named=all(kinds))
 
 
-def _family(path: Path) -> Family | None:
+def _family(path: Path, megatron: bool) -> Family | None:
     """The family of a directory, None where it is not known or not convertible: its tensors go by their names then."""
     try:
-        return describe_huggingface(path).family
+        return describe_huggingface(path, megatron=megatron).family
     except UsageError:
         return None
 
 
-def _huggingface(path: Path) -> Stated:
-    said = describe_huggingface(path)
-    a = said.architecture
+def _huggingface(path: Path, megatron: bool) -> Stated:
+    said = describe_huggingface(path, megatron=megatron)
+    a, layout, headers = said.architecture, said.layout(), said.headers()
+    if any(rule.constant for rule in layout.rules):
+        layout, headers = _without_constants(Opened(path, a, layout, headers, said.locate))
     return Stated(
         path, f"Hugging Face {said.family.model_type}", a, said.family, Mesh(), a.vocab_size, a.vocab_size,
-        said.layout(), said.headers(), said.locate, said.family.ignored,
+        layout, headers, said.locate, said.family.ignored,
     )  # fmt: skip
+
+
+def _without_constants(source: Opened) -> tuple[Layout, dict[Key, Header]]:
+    """Layout and headers without the tensors that Megatron has no place for: zeros are nothing to compare.
+
+    Where they are not what they must be they are tensors like others, which the other side has not.
+    """
+    layout = source.layout
+    held = [piece for piece in layout.pieces if piece.constant is not None]
+    there = tuple(p for p in held if all(key in source.headers for _, key in p.keyed()))
+    if len(there) < len(held) or broken_constants(replace(source, layout=replace(layout, pieces=there))):
+        rules = tuple(replace(rule, constants=()) if rule.constant else rule for rule in layout.rules)
+        pieces = tuple(replace(piece, constant=None) for piece in layout.pieces)
+        return replace(layout, rules=rules, pieces=pieces), dict(source.headers)
+    kept = [number for number, rule in enumerate(layout.rules) if not rule.constant]
+    pieces = tuple(replace(p, rule=kept.index(p.rule)) for p in layout.pieces if p.constant is None)
+    gone = {key for piece in held for _, key in piece.keyed()}
+    left = {key: header for key, header in source.headers.items() if key not in gone}
+    return replace(layout, rules=tuple(layout.rules[number] for number in kept), pieces=pieces), left
 
 
 def _plain(path: Path) -> Stated:
@@ -149,6 +172,7 @@ def _megatron(path: Path, family: Family | None) -> Stated:
     a = structure(source)
     known = bool(source.args.get("vocab_size"))
     rules = _megatron_rules(a, family or FAMILIES.get(source.architecture.family))
+    rules = tuple(rule for rule in rules if not rule.constant)
     layout = source.layout(rules, axis_sizes(a))
     wrong = {
         rules[number].megatron: (name, expected, found)

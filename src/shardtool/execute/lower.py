@@ -95,7 +95,7 @@ def _source(copy: Copy, imports: bool) -> Source:
     shape, src_strides, dst_strides = coalesced(copy.shape, copy.src_strides, copy.dst_strides)
     places = tuple(order.index(name.axis) for name in copy.src.names)
     steps = tuple(step for step in steps if step[1])
-    changed = change(copy.src.codec, copy.dst.codec)
+    changed = change(*copy.codecs)
     return Source(copy, shape, src_strides, dst_strides, copy.src.keyer(), places, steps, free, changed, imports)
 
 

@@ -136,6 +136,7 @@ class Architecture:
     qkv_bias: bool = False
     linear_bias: bool = False  # every linear of the layer has a bias: qkv, experts and router included
     out_bias: bool = False  # the attention's output has a bias, the MLP none; megatron-core has no such layer
+    zero_out_bias: bool = False  # ... and Megatron has none: in Hugging Face it must be zeros, and is written so
     qk_norm: bool = False  # per head, before rope
     qk_norm_whole: bool = False  # ... over all heads at once instead
     tied: bool = False

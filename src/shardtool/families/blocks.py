@@ -46,6 +46,7 @@ OUTPUT     = "output_layer.weight"
 INPUT_NORM = "self_attention.linear_qkv.layer_norm"
 LINEAR_QKV = "self_attention.linear_qkv"
 LINEAR_OUT = "self_attention.linear_proj"
+ZERO_OUT_BIAS = "self_attention.linear_proj.zero_bias"  # no key of Megatron's: see CONSTANTS
 IN_PROJ    = "self_attention.in_proj"
 OUT_NORM   = "self_attention.out_norm.weight"
 SINKS      = "self_attention.core_attention.softmax_offset"
@@ -121,12 +122,16 @@ def layers(
             options["dist_parts"] = DIST_PARTS[megatron]
         if megatron in LOCAL_TP:
             options["tp_local"] = LOCAL_TP[megatron]
+        if megatron in CONSTANTS:
+            options["constants"] = (CONSTANTS[megatron],) * len(names)
         if megatron == ROUTER_BIAS:
             options["keep_dtype"] = True  # megatron-core keeps it in fp32 in every model (moe/router.py)
         found.append(rule([prefix + name for name in names], equation, inner + megatron, tp, **options))
     return tuple(found)
 
 
+# what Hugging Face models may have and Megatron has no tensor for: it must be this number everywhere
+CONSTANTS = {ZERO_OUT_BIAS: 0.0}
 DIST_ALIASES = {MOE_NORM + ".weight": MLP_NORM + "_weight", MOE_NORM + ".bias": MLP_NORM + "_bias"}
 LATENT_DIST_ALIASES = {
     MLP_NORM + "_weight": MOE_NORM + ".weight",
@@ -152,6 +157,8 @@ def attention(a: Architecture) -> list[Row]:
                     "self_attn.v_proj.bias"),                         QKV_BIAS, LINEAR_QKV + ".bias",   "g")]
     if a.linear_bias or a.out_bias:
         table += [("self_attn.o_proj.bias",                           HIDDEN,   LINEAR_OUT + ".bias",   None)]
+    if a.zero_out_bias:
+        table += [("self_attn.o_proj.bias",                           HIDDEN,   ZERO_OUT_BIAS,          None)]
     if a.qk_norm:
         q, k = ("(g q d) -> (g q d)", "(g d) -> (g d)") if a.qk_norm_whole else (HEAD, HEAD)
         table += [("self_attn.q_norm.weight",                         q,        Q_NORM + ".weight",     None),

@@ -8,6 +8,7 @@ from shardtool.families import standard_config as standard
 from shardtool.families.architecture import Architecture, MixtureOfExperts
 from shardtool.families.blocks import standard as rules
 from shardtool.families.deepseek_v3 import latent_eps, latent_fields, latent_keys
+from shardtool.families.dialects import QWEN
 from shardtool.families.exactness import group_score
 from shardtool.families.family import Config, Family
 from shardtool.families.rope import rope_refusal
@@ -68,4 +69,5 @@ FAMILY = Family(
     refuse=_refuse,
     ignored=(*standard.ROTARY_BUFFERS, r"model\.layers\.\d+\.self_attn\.rotary_emb\..*"),
     caveats=latent_eps,
+    dialects=QWEN,
 )

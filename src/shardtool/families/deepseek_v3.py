@@ -11,6 +11,7 @@ from typing import Any
 from shardtool.families import standard_config as standard
 from shardtool.families.architecture import Architecture, LatentAttention, MixtureOfExperts
 from shardtool.families.blocks import standard as rules
+from shardtool.families.dialects import QWEN
 from shardtool.families.exactness import group_score
 from shardtool.families.family import Config, Family
 from shardtool.families.rope import read_rope, rope_refusal, write_rope
@@ -134,6 +135,7 @@ DEEPSEEK_V3 = Family(
     refuse=_refuse_v3,
     ignored=(*standard.ROTARY_BUFFERS, r"model\.layers\.\d+\.self_attn\.rotary_emb\..*"),
     caveats=latent_eps,
+    dialects=QWEN,
 )  # fmt: skip
 
 
@@ -171,6 +173,7 @@ GLM4_MOE = Family(
     extra=_extra_glm,
     refuse=lambda config: _refuse_routing(config) or rope_refusal(config, partial=True),
     ignored=standard.ROTARY_BUFFERS,
+    dialects=QWEN,
 )  # fmt: skip
 
 
@@ -183,16 +186,28 @@ DOTS_DEFAULTS = {
 
 
 def _derived_dots(config: Config, values: dict[str, Any]) -> dict[str, Any]:
-    return standard.derived()(config, values) | {"moe": _moe(config, values, DOTS_DEFAULTS)}
+    return standard.derived()(config, values) | standard.windows(_windowed(config)) | {
+        "moe": _moe(config, values, DOTS_DEFAULTS),
+    }  # fmt: skip
+
+
+def _windowed(config: Config) -> Config:
+    """The config as Qwen2 would have it: here windows are on wherever sliding_window is a number."""
+    found = {"max_window_layers": 62, "sliding_window": 4096, **config}
+    return found | {"use_sliding_window": found["sliding_window"] is not None}
+
+
+def _extra_dots(a: Architecture) -> dict[str, Any]:
+    keys = standard.window_keys(a) if a.window is not None else {"sliding_window": None}
+    return standard.extra(a) | _moe_keys(a) | {"attention_bias": False} | keys
 
 
 def _refuse_dots(config: Config) -> str | None:
     if config.get("attention_bias"):
         return "attention_bias puts biases on q, k, v and o but not on the MLP; megatron-core cannot"
-    window = {"max_window_layers": 62, **config, "use_sliding_window": config.get("sliding_window") is not None}
     if "norm_topk_prob" not in config:
         return "norm_topk_prob is off: megatron-core always renormalises sigmoid scores"
-    return standard.uniform_window(window)[1] or _refuse_routing(config) or rope_refusal(config)
+    return standard.window_refusal(_windowed(config)) or _refuse_routing(config) or rope_refusal(config)
 
 
 DOTS1 = Family(
@@ -204,7 +219,8 @@ DOTS1 = Family(
     rules,
     fixed={"norm": "rms", "gated": True, "qk_norm": True},
     derived=_derived_dots,
-    extra=lambda a: standard.extra(a) | _moe_keys(a) | {"attention_bias": False, "sliding_window": None},
+    extra=_extra_dots,
     refuse=_refuse_dots,
     ignored=standard.ROTARY_BUFFERS,
+    dialects=QWEN,
 )

@@ -12,6 +12,7 @@ from shardtool.families import standard_config as standard
 from shardtool.families.architecture import Architecture, MixtureOfExperts
 from shardtool.families.blocks import ROUTER_BIAS, Row, experts
 from shardtool.families.blocks import standard as standard_rules
+from shardtool.families.dialects import ERNIE
 from shardtool.families.family import Config, Family
 from shardtool.families.rope import read_rope, rope_refusal
 from shardtool.layout.rules import Rule
@@ -61,7 +62,7 @@ def _extra(a: Architecture) -> dict[str, Any]:
 def _refuse(config: Config) -> str | None:
     if config.get("use_bias"):
         return "use_bias: its router has no bias where all linears have one, megatron-core's has"
-    return rope_refusal(config)
+    return rope_refusal(config, interleaved=True)
 
 
 FAMILY = Family(
@@ -77,4 +78,5 @@ FAMILY = Family(
     extra=_extra,
     refuse=_refuse,
     ignored=standard.ROTARY_BUFFERS,
+    dialects=ERNIE,
 )  # fmt: skip

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from shardtool.errors import ShardtoolError, UsageError, heads_and_groups, no_model
 from shardtool.families.architecture import Architecture
+from shardtool.families.dialects import Dialect, as_stored, check_dialect, in_dialect
 from shardtool.layout.rules import Rule
 
 Config = Mapping[str, Any]
@@ -55,7 +56,8 @@ class Family:
     layers begin with (`{n}` stands for the number of layers). `caveats` says where Megatron cannot compute
     exactly the same. `not_in_megatron` returns the reason why megatron-core cannot hold a model that the table can
     (translation does not ask it). `own_rope` families have code of their own for rope, outside transformers, which
-    knows no scaling but what the table reads. `limit` says what changes beyond `max_positions`, or None.
+    knows no scaling but what the table reads. `limit` says what changes beyond `max_positions`, or None. `dialects`, the
+    table's own first, are other names of its tensors on disk.
     """
 
     model_type: str
@@ -73,6 +75,16 @@ class Family:
     not_in_megatron: Callable[[Config], str | None] = lambda _: None
     own_rope: bool = False
     limit: Callable[[Config], str | None] = lambda _: None
+    dialects: tuple[Dialect, ...] = ()
+
+    def speaking(self, dialect: str | None) -> Family:
+        """The family with its table in a dialect (None: its own); UsageError where it has none of that name."""
+        check_dialect(self.dialects, dialect, self.model_type)
+        return replace(self, rules=lambda a: in_dialect(self.rules(a), self.dialects, dialect))
+
+    def rules_as_stored(self, a: Architecture, present: Collection[str]) -> tuple[Rule, ...]:
+        """The rules in the spelling that the names on disk have."""
+        return as_stored(self.rules(a), self.dialects, present, a.num_layers)
 
     def read_config(self, config: Config, *, megatron: bool = True) -> Architecture:
         """The architecture of a config.json; UsageError with the reason where Megatron or this family cannot hold it.
@@ -104,6 +116,8 @@ class Family:
         if type(groups) is not int or groups < 1 or heads % groups:
             raise heads_and_groups(heads, repr(groups)[:80], "config.json: num_key_value_heads")
         a = Architecture(family=self.model_type, **values)
+        if megatron and a.out_bias and not a.linear_bias:
+            a = replace(a, out_bias=False, zero_out_bias=True)  # the tensors decide whether Megatron can be it
         if megatron and (reason := _refuse_activation(a)):
             raise cannot_be_converted(self.model_type, reason)
         return a

@@ -60,6 +60,6 @@ FAMILY = Family(
     extra=lambda a: standard.extra(a) | {
         "attention_bias": a.qkv_bias, "partial_rotary_factor": a.rope.fraction if a.rope else 0.5,
     },
-    refuse=lambda config: rope_refusal(config, partial=True),
+    refuse=lambda config: rope_refusal(config, partial=True, interleaved=True),
     ignored=standard.ROTARY_BUFFERS,
 )  # fmt: skip

@@ -26,6 +26,7 @@ from shardtool.families.blocks import (
     embedding,
     layers,
 )  # fmt: skip
+from shardtool.families.dialects import GPT_NEOX
 from shardtool.families.family import Config, Family, Field
 from shardtool.families.rope import read_rope, rope_refusal, write_rope
 from shardtool.layout.rules import Rule, rule
@@ -112,4 +113,5 @@ FAMILY = Family(
     extra=_extra,
     refuse=_refuse,
     ignored=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
+    dialects=GPT_NEOX,
 )  # fmt: skip

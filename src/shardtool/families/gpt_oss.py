@@ -23,7 +23,6 @@ from shardtool.families.blocks import (
 )
 from shardtool.families.blocks import standard as standard_rules
 from shardtool.families.family import Config, Family
-from shardtool.families.megatron_args import position_embedding
 from shardtool.families.rope import read_rope, rope_refusal
 from shardtool.layout.rules import Rule
 
@@ -72,7 +71,7 @@ def _derived(config: Config, values: dict[str, Any]) -> dict[str, Any]:
     return {
         "num_query_groups": config.get("num_key_value_heads", 8) or values["num_heads"],
         "head_dim": config.get("head_dim", 64) or values["hidden_size"] // values["num_heads"],
-        "rope": read_rope(_with_rope(config), theta=150000.0, yarn=True),
+        "rope": read_rope(_with_rope(config), theta=150000.0),
         "window": window if some else None,
         "window_layers": sliding if some and len(sliding) < count else None,
         "clamp": LIMIT if limit is None else float(limit),
@@ -102,16 +101,7 @@ def _refuse(config: Config) -> str | None:
         return f"swiglu_alpha {config['swiglu_alpha']}: megatron-core's quick GELU has {ALPHA}"
     if unknown := set(config.get("layer_types") or ()) - {"sliding_attention", "full_attention"}:
         return f"layer_types: {', '.join(sorted(unknown))} is not known"
-    return rope_refusal(_with_rope(config), yarn=True)
-
-
-def _caveats(a: Architecture) -> tuple[str, ...]:
-    if position_embedding(a) != "yarn":
-        return ()
-    return (
-        "Megatron-LM has flags for yarn on plain attention since June 2026; before, its launcher must set the config's "
-        "yarn_* attributes, which are in the args by their names",
-    )
+    return rope_refusal(_with_rope(config))
 
 
 FAMILY = Family(
@@ -133,5 +123,4 @@ FAMILY = Family(
     extra=_extra,
     refuse=_refuse,
     ignored=standard.ROTARY_BUFFERS,
-    caveats=_caveats,
 )  # fmt: skip

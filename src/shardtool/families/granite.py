@@ -26,6 +26,7 @@ from shardtool.families.blocks import (
     scaled_embedding,
     with_codec,
 )  # fmt: skip
+from shardtool.families.dialects import GRANITE as GRANITE_DIALECTS
 from shardtool.families.family import Config, Family
 from shardtool.families.rope import rope_refusal
 from shardtool.layout.codecs import Affine
@@ -159,4 +160,5 @@ GRANITE_MOE = Family(
     refuse=_refuse,
     ignored=standard.ROTARY_BUFFERS,
     caveats=caveats,
+    dialects=GRANITE_DIALECTS,
 )

@@ -1,4 +1,4 @@
-"""InternLM 1 (remote code): Llama with a bias on q, k, v and o, and none in the MLP, which megatron-core cannot hold."""
+"""InternLM 1 (remote code): Llama with a bias on q, k, v and o, and none in the MLP: megatron-core has none on o."""
 
 from __future__ import annotations
 
@@ -37,12 +37,6 @@ def _limit(config: Config) -> str | None:
     return "dynamic NTK sets in beyond max_position_embeddings" if dynamic else None
 
 
-def _not_in_megatron(config: Config) -> str | None:
-    if config.get("bias", True):
-        return "bias puts biases on q, k, v and o but not on the MLP; megatron-core has biases on all linears, or on qkv alone"
-    return None
-
-
 FAMILY = Family(
     "internlm",
     "InternLMForCausalLM",
@@ -53,7 +47,6 @@ FAMILY = Family(
     extra=_extra,
     refuse=lambda _: None,
     ignored=standard.ROTARY_BUFFERS,
-    not_in_megatron=_not_in_megatron,
     own_rope=True,
     limit=_limit,
 )

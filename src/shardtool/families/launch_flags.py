@@ -109,6 +109,12 @@ def _expert_parallel_flags(mesh: Mesh) -> list[str]:
     return flags + ([f"--expert-tensor-parallel-size {mesh.expert_tp}"] if mesh.expert_tp != mesh.tp else [])
 
 
+YARN = (
+    "Megatron-LM has flags for yarn on plain attention since June 2026; before, its launcher must set the config's "
+    "yarn_* attributes, which are in the args by their names"
+)
+
+
 def without_flag(a: Architecture) -> tuple[str, ...]:
     """What this model needs of TransformerConfig and no flag of Megatron-LM (to 0.19) sets, a line each.
 
@@ -126,7 +132,8 @@ def without_flag(a: Architecture) -> tuple[str, ...]:
         )
     if a.softmax_scale is not None:
         needed.append(f"softmax_scale={a.softmax_scale!r}")
-    return tuple(f"TransformerConfig needs {item}, for which Megatron-LM has no flag" for item in needed)
+    found = tuple(f"TransformerConfig needs {item}, for which Megatron-LM has no flag" for item in needed)
+    return (*found, YARN) if position_embedding(a) == "yarn" else found
 
 
 def _moe_flags(a: Architecture) -> list[str]:

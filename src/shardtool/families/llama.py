@@ -29,12 +29,6 @@ def _refuse(config: Config) -> str | None:
     return rope_refusal(config)
 
 
-def _not_in_megatron(config: Config) -> str | None:
-    if config.get("attention_bias") and not config.get("mlp_bias"):
-        return "attention_bias and mlp_bias differ; megatron-core has biases on all linears, or on qkv alone"
-    return None
-
-
 FAMILY = Family(
     "llama",
     "LlamaForCausalLM",
@@ -45,5 +39,4 @@ FAMILY = Family(
     extra=_extra,
     refuse=_refuse,
     ignored=standard.ROTARY_BUFFERS,
-    not_in_megatron=_not_in_megatron,
 )

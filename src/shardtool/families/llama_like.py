@@ -103,7 +103,7 @@ ERNIE = Family(
     fixed={"norm": "rms", "gated": True},
     derived=_derived_ernie,
     extra=lambda a: standard.extra(a) | {"use_bias": a.linear_bias},
-    refuse=rope_refusal,
+    refuse=lambda config: rope_refusal(config, interleaved=True),
     ignored=standard.ROTARY_BUFFERS,
 )  # fmt: skip
 

@@ -32,6 +32,7 @@ HIDDEN_ACT = "hf_hidden_act"
 FOLDED = "hf_folded"
 SPARE_POSITIONS = "hf_spare_positions"
 QK_NORM_WHOLE = "hf_qk_norm_whole"
+ZERO_OUT_BIAS = "hf_zero_out_bias"
 GROUP_SCORE = "hf_moe_group_score"
 INEXACT = "hf_inexact"  # why megatron-core computes another function from these weights
 
@@ -148,6 +149,8 @@ def _unnamed(a: Architecture) -> dict[str, Any]:
         found[FOLDED] = asdict(a.folded)
     if a.spare_positions:
         found[SPARE_POSITIONS] = a.spare_positions
+    if a.zero_out_bias:
+        found[ZERO_OUT_BIAS] = True
     if a.qk_norm_whole:
         found[QK_NORM_WHOLE] = True
     if a.moe and a.moe.group_score is not None:
@@ -455,6 +458,7 @@ def from_args(args: Args) -> Architecture:
         clamp=args.get("activation_func_clamp_value") if gated else None,
         qkv_bias=bool(args.get("add_qkv_bias")) and not linear_bias,  # a bias on every linear includes qkv
         linear_bias=linear_bias,
+        zero_out_bias=bool(args.get(ZERO_OUT_BIAS)),
         qk_norm=bool(args.get("qk_layernorm")),
         qk_norm_whole=bool(args.get(QK_NORM_WHOLE)),
         tied=not args.get("untie_embeddings_and_output_weights", False),

@@ -36,6 +36,12 @@ def _extra(a: Architecture) -> dict[str, Any]:
     return qwen2.FAMILY.extra(a) | {"num_nextn_predict_layers": a.mtp_layers}
 
 
+def _refuse(config: Config) -> str | None:
+    if standard.windows(config)["window_layers"] is not None:
+        return "some layers have a sliding window and others not, and no code says which kind its prediction layers are"
+    return None
+
+
 FAMILY = Family(
     "mimo",
     "MiMoForCausalLM",
@@ -44,7 +50,7 @@ FAMILY = Family(
     fixed={"norm": "rms", "gated": True, "qkv_bias": True},
     derived=_derived,
     extra=_extra,
-    refuse=qwen2.FAMILY.refuse,
+    refuse=lambda config: qwen2.FAMILY.refuse(config) or _refuse(config),
     ignored=standard.ROTARY_BUFFERS,
     mtp_prefix="model.mtp_layers.0.",
 )

@@ -46,6 +46,8 @@ def _refuse(config: Config) -> str | None:
         return "it has experts, which this table has not"
     if config.get("attention_bias"):
         return "attention_bias: a bias on q, k, v and o without one in the MLP; megatron-core has all or qkv alone"
+    if (config.get("rope_scaling") or {}).get("type") == "yarn":
+        return "rope type 'yarn': this family's code knows none"
     return rope_refusal(config)
 
 

@@ -8,6 +8,7 @@ from shardtool.families import standard_config as standard
 from shardtool.families.architecture import Architecture, MixtureOfExperts
 from shardtool.families.blocks import experts
 from shardtool.families.blocks import standard as standard_rules
+from shardtool.families.dialects import MIXTRAL
 from shardtool.families.family import Config, Family
 from shardtool.families.rope import rope_refusal
 from shardtool.layout.rules import Rule
@@ -47,4 +48,5 @@ FAMILY = Family(
     extra=_extra,
     refuse=rope_refusal,
     ignored=standard.ROTARY_BUFFERS,
+    dialects=MIXTRAL,
 )

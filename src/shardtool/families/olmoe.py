@@ -10,6 +10,7 @@ from typing import Any
 from shardtool.families import standard_config as standard
 from shardtool.families.architecture import Architecture, MixtureOfExperts
 from shardtool.families.blocks import standard as rules
+from shardtool.families.dialects import QWEN
 from shardtool.families.family import Config, Family
 from shardtool.families.rope import rope_refusal
 
@@ -58,4 +59,5 @@ FAMILY = Family(
     extra=_extra,
     refuse=_refuse,
     ignored=standard.ROTARY_BUFFERS,
+    dialects=QWEN,
 )  # fmt: skip

@@ -12,16 +12,15 @@ from shardtool.families.rope import rope_refusal
 
 
 def _derived(config: Config, values: dict[str, Any]) -> dict[str, Any]:
-    return standard.derived(groups=32)(config, values) | {"window": standard.uniform_window(config)[0]}
+    return standard.derived(groups=32)(config, values) | standard.windows(config)
 
 
 def _extra(a: Architecture) -> dict[str, Any]:
-    window = {"use_sliding_window": a.window is not None, "sliding_window": a.window, "max_window_layers": 0}
-    return standard.extra(a) | (window if a.window is not None else {"use_sliding_window": False})
+    return standard.extra(a) | standard.window_keys(a)
 
 
 def _refuse(config: Config) -> str | None:
-    return standard.uniform_window(config)[1] or rope_refusal(config)
+    return standard.window_refusal(config) or rope_refusal(config)
 
 
 FAMILY = Family(

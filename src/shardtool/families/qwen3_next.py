@@ -26,6 +26,7 @@ from shardtool.families.blocks import (
     mlp,
     stored_centred,
 )  # fmt: skip
+from shardtool.families.dialects import QWEN, Dialect
 from shardtool.families.family import Config, Family
 from shardtool.families.rope import rope_refusal
 from shardtool.layout.rules import Rule, rule
@@ -142,7 +143,9 @@ def _moe_3_5(config: Config, values: dict[str, Any]) -> dict[str, Any]:
     return _derived(config, values, 2) | {"moe": _moe(config, values["num_layers"], 256, 8, renormalised=True)}
 
 
-def _family(model_type: str, architecture: str, in_proj: Row, derived: Any, **defaults: Any) -> Family:
+def _family(
+    model_type: str, architecture: str, in_proj: Row, derived: Any, dialects: tuple[Dialect, ...] = (), **defaults: Any
+) -> Family:  # fmt: skip
     return Family(
         model_type,
         architecture,
@@ -154,11 +157,12 @@ def _family(model_type: str, architecture: str, in_proj: Row, derived: Any, **de
         refuse=_refuse,
         ignored=standard.ROTARY_BUFFERS,
         mtp_prefix="mtp.",
+        dialects=dialects,
     )
 
 
 QWEN3_NEXT = _family(
-    "qwen3_next", "Qwen3NextForCausalLM", IN_PROJ_GROUPED, _next,
+    "qwen3_next", "Qwen3NextForCausalLM", IN_PROJ_GROUPED, _next, QWEN,
     vocab_size=151936, hidden_size=2048, intermediate_size=5632, num_hidden_layers=48,
 )  # fmt: skip
 QWEN3_5 = _family(
@@ -166,6 +170,6 @@ QWEN3_5 = _family(
     vocab_size=248320, hidden_size=4096, intermediate_size=12288,
 )  # fmt: skip
 QWEN3_5_MOE = _family(
-    "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", IN_PROJ_APART, _moe_3_5,
+    "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", IN_PROJ_APART, _moe_3_5, QWEN,
     vocab_size=248320, hidden_size=2048, num_hidden_layers=40,
 )  # fmt: skip

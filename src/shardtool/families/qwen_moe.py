@@ -9,6 +9,7 @@ from shardtool.families import standard_config as standard
 from shardtool.families.architecture import Architecture, MixtureOfExperts
 from shardtool.families.blocks import experts
 from shardtool.families.blocks import standard as standard_rules
+from shardtool.families.dialects import QWEN
 from shardtool.families.family import Config, Family
 from shardtool.families.rope import rope_refusal
 from shardtool.layout.rules import Rule
@@ -92,6 +93,7 @@ QWEN2_MOE = Family(
     extra=_extra2,
     refuse=_refuse,
     ignored=standard.ROTARY_BUFFERS,
+    dialects=QWEN,
 )  # fmt: skip
 
 QWEN3_MOE = Family(
@@ -106,4 +108,5 @@ QWEN3_MOE = Family(
     extra=_extra,
     refuse=_refuse,
     ignored=standard.ROTARY_BUFFERS,
+    dialects=QWEN,
 )

@@ -18,14 +18,13 @@ def read_rope(
     latent: bool = False,
     fraction: float | None = None,
     interleaved: bool = False,
-    yarn: bool = False,
 ) -> Rope:
     """The rotary embedding of a config.json: rope_theta + rope_scaling, or rope_parameters.
 
-    `theta` is what the configuration class takes where none is given; `latent` attention knows yarn, plain attention
-    where `yarn` says so (its arguments are no fields of TransformerConfig, gpt_model.py 0.16.1); `fraction` is the
-    default share of each head that is rotated, for families where it may be less than all; `interleaved` says that
-    neighbouring dims are a pair. Raises ValueError for a kind that megatron-core's GPTModel cannot express.
+    `theta` is what the configuration class takes where none is given; `latent` says that attention is latent, which has
+    code of its own for yarn; `fraction` is the default share of each head that is rotated, for families where it may be
+    less than all; `interleaved` says that neighbouring dims are a pair. Raises ValueError for a kind that megatron-core's
+    GPTModel cannot express.
     """
     scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     base = float(scaling.get("rope_theta") or config.get("rope_theta") or theta)
@@ -33,10 +32,13 @@ def read_rope(
     part = float(scaling.get("partial_rotary_factor", config.get("partial_rotary_factor") or fraction or 1.0))
     if part != 1.0 and fraction is None:
         raise ValueError(f"partial_rotary_factor {part}: this family's attention rotates whole heads")
-    return Rope(base, part, interleaved, _scaling(kind, scaling, latent, yarn))
+    if kind == "yarn" and not latent and (interleaved or part != 1.0):  # yarn_rotary_pos_embedding.py 0.16.1
+        what = "neighbouring dims" if interleaved else "a part of each head"
+        raise ValueError(f"yarn on {what}: megatron-core's yarn rotates whole heads and pairs their halves")
+    return Rope(base, part, interleaved, _scaling(kind, scaling, latent))
 
 
-def _scaling(kind: str, scaling: Mapping[str, Any], latent: bool, yarn: bool) -> RopeScaling | None:
+def _scaling(kind: str, scaling: Mapping[str, Any], latent: bool) -> RopeScaling | None:
     if kind == "default":
         return None
     if kind == "linear":
@@ -48,9 +50,9 @@ def _scaling(kind: str, scaling: Mapping[str, Any], latent: bool, yarn: bool) ->
                 f"llama3 rope scaling with constants {tuple(found.values())}: megatron-core fixes them to (1, 4, 8192)"
             )
         return RopeScaling("llama3", float(scaling["factor"]))
-    if kind == "yarn" and (latent or yarn):
+    if kind == "yarn":
         return _read_yarn(scaling, latent)
-    raise ValueError(f"rope type {kind!r}: megatron-core's GPTModel has default, linear and llama3")
+    raise ValueError(f"rope type {kind!r}: megatron-core's GPTModel has default, linear, llama3 and yarn")
 
 
 def _read_yarn(scaling: Mapping[str, Any], latent: bool) -> RopeScaling:
@@ -96,11 +98,11 @@ def write_rope(rope: Rope | None) -> dict[str, Any]:
 
 
 def rope_refusal(
-    config: Mapping[str, Any], *, latent: bool = False, partial: bool = False, yarn: bool = False
+    config: Mapping[str, Any], *, latent: bool = False, partial: bool = False, interleaved: bool = False
 ) -> str | None:
     """Why the rotary embedding of a config.json cannot be converted, or None."""
     try:
-        read_rope(config, latent=latent, fraction=1.0 if partial else None, yarn=yarn)
+        read_rope(config, latent=latent, fraction=1.0 if partial else None, interleaved=interleaved)
     except (ValueError, KeyError) as error:
         return f"incomplete rope scaling, {error} is missing" if isinstance(error, KeyError) else str(error)
     return None

@@ -72,18 +72,39 @@ def extra(a: Architecture) -> dict[str, Any]:
     return {"num_key_value_heads": a.num_query_groups, "head_dim": a.head_dim, **write_rope(a.rope)}
 
 
-def uniform_window(config: Config) -> tuple[int | None, str | None]:
-    """(window, reason for refusal) of Qwen2-like configs: sliding_window, use_sliding_window, max_window_layers, layer_types."""
-    window = config.get("sliding_window", 4096)
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def windows(config: Config) -> dict[str, Any]:
+    """The window and its layers of Qwen2-like configs: sliding_window, use_sliding_window, max_window_layers, layer_types."""
+    window, count = config.get("sliding_window", 4096), config.get("num_hidden_layers", 32)
     if not config.get("use_sliding_window", False) or window is None:
-        if "sliding_attention" in (config.get("layer_types") or ()):
-            return None, "layer_types has sliding attention but use_sliding_window is off"
-        return None, None
-    count = config.get("num_hidden_layers", 32)
+        return {"window": None, "window_layers": None}
     full = min(config.get("max_window_layers", 28), count)
-    types = config.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (count - full)
-    if set(types) == {"sliding_attention"}:
-        return window, None
-    if set(types) == {"full_attention"}:
-        return None, None
-    return None, "some layers have a sliding window and others not; megatron-core needs window_attn_skip_freq for that"
+    types = config.get("layer_types") or [FULL] * full + [SLIDING] * (count - full)
+    sliding = tuple(layer for layer, kind in enumerate(types) if kind == SLIDING)
+    return {
+        "window": window if sliding else None,
+        "window_layers": sliding if sliding and len(sliding) < count else None,
+    }
+
+
+def window_refusal(config: Config) -> str | None:
+    """Why the windows of such a config cannot be converted, or None."""
+    types = config.get("layer_types") or ()
+    if unknown := set(types) - {SLIDING, FULL}:
+        return f"layer_types: {', '.join(sorted(unknown))} is not known"
+    if SLIDING in types and (not config.get("use_sliding_window", False) or config.get("sliding_window", 4096) is None):
+        return "layer_types has sliding attention but use_sliding_window is off"
+    return None
+
+
+def window_keys(a: Architecture) -> dict[str, Any]:
+    """The keys that `windows` reads."""
+    if a.window is None:
+        return {"use_sliding_window": False}
+    keys: dict[str, Any] = {"use_sliding_window": True, "sliding_window": a.window, "max_window_layers": 0}
+    if a.window_layers is not None:
+        kinds = [SLIDING if layer in a.window_layers else FULL for layer in range(a.num_layers)]
+        keys |= {"max_window_layers": a.window_layers[0], "layer_types": kinds}
+    return keys

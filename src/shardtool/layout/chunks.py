@@ -34,6 +34,8 @@ def chunked_layout(
     stored = {**sizes, "v": padded}
     pieces: list[Piece] = []
     for number, rule in enumerate(rules):
+        if rule.constant:
+            continue
         for instance in _instances(rule, stored, stacked):
             keys = [_name(key, instance, stacked) for key in (rule.megatron, *rule.dist_aliases)]
             for part in rule.parts:

@@ -22,7 +22,13 @@ def huggingface_layout(
             dims = rule.equation.left[tensor].without(named_axes(name))
             constant = rule.constants[tensor] if rule.constants else None
             names = _names(rule, name, sizes)
-            pieces.append(Piece(number, tensor, dims, name, names=names, codec=rule.codec(tensor), constant=constant))
+            held = set(rule.equation.components(0, tensor))
+            pieces.append(
+                Piece(
+                    number, tensor, dims, name, names=names, codec=rule.codec(tensor), constant=constant,
+                    component_codecs=tuple(pair for pair in rule.component_codecs if pair[0] in held),
+                )
+            )  # fmt: skip
         for copy in (*rule.aliases, *rule.copies):
             names = _names(rule, copy, sizes)
             piece = Piece(number, 0, rule.equation.left[0], copy, names=names, replica=True, codec=rule.codec(0))

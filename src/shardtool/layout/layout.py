@@ -37,7 +37,8 @@ class Piece:
 
     `part` entries are numbers, or the name of a name axis whose id stands there. `replica` pieces hold what another
     piece of the layout holds: written like it, compared with it on reading. `codec` says how the stored elements stand
-    for the components' values; None: they are the values. `first` is the number of its first component in the tensor of
+    for the components' values; None: they are the values; `component_codecs` are those of single components of the rule.
+    `first` is the number of its first component in the tensor of
     the equation, where it holds only some. A `constant` piece holds that number in every element and no component:
     written so in a target, checked in a source.
     """
@@ -55,6 +56,11 @@ class Piece:
     codec: Codec | None = None
     first: int = 0
     constant: float | None = None
+    component_codecs: tuple[tuple[int, Codec], ...] = ()
+
+    def codec_of(self, component: int) -> Codec | None:
+        """How it stores one component of its rule, by number."""
+        return dict(self.component_codecs).get(component, self.codec)
 
     @property
     def instances(self) -> int:

@@ -254,6 +254,8 @@ def legacy_layout(
     mtp = next((chunk for chunk in model_chunks if chunk.mtp), last)
     pieces: list[Piece] = []
     for number, rule in enumerate(rules):
+        if rule.constant:
+            continue
         name = spelling.key(rule.megatron)
         place = placing.experts if rule.per_expert else placing.dense
         if rule.per_mtp:
@@ -304,6 +306,8 @@ def dist_layout(
     mtp = next((chunk for chunk in model_chunks if chunk.mtp), last)
     pieces: list[Piece] = []
     for number, rule in enumerate(rules):
+        if rule.constant:
+            continue
         if rule.per_mtp:
             homes: list[tuple[Chunk, tuple[NameAxis, ...]]] = [(mtp, (NameAxis(MTP, tuple(range(sizes[MTP]))),))]
         elif rule.per_layer:

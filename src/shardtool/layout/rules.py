@@ -38,7 +38,8 @@ class Rule:
     sum as a tensor of its own. `mtp_start` is the number of the first multi-token-prediction layer in the Hugging Face
     names. `derived` are further Megatron tensors with the same components behind a codec, (key, codec): written
     like the first, compared with it on reading. `constants` has a number for each Hugging Face tensor that is that
-    number everywhere and holds no component (empty: none is).
+    number everywhere and holds no component (empty: none is); where all are, the Megatron key is of no stored tensor.
+    `component_codecs` are codecs of single components of the Hugging Face tensors, by number, in the place of their tensor's.
     """
 
     hf: tuple[str, ...]
@@ -57,6 +58,7 @@ class Rule:
     dist_parts: tuple[str, ...] = ()
     mtp_start: int = 0
     constants: tuple[float | None, ...] = ()
+    component_codecs: tuple[tuple[int, Codec], ...] = ()
 
     @property
     def gamma(self) -> bool:
@@ -66,6 +68,11 @@ class Rule:
     def codec(self, tensor: int) -> Codec | None:
         """The codec of one of its Hugging Face tensors."""
         return self.codecs[tensor] if self.codecs else None
+
+    @property
+    def constant(self) -> bool:
+        """Whether it holds no component at all: Megatron has no such tensor."""
+        return bool(self.constants) and None not in self.constants
 
     @property
     def per_layer(self) -> bool:

@@ -235,11 +235,11 @@ def _copies(copies: list[Copy]) -> str:
 
 def _values(copies: list[Copy]) -> list[str]:
     """What happens to the values of tensors whose two sides store them in different ways."""
-    changed = dict.fromkeys((copy.src, copy.dst) for copy in copies if copy.src.codec != copy.dst.codec)
+    changed = dict.fromkeys((copy.src.name, copy.dst.name, *copy.codecs) for copy in copies if copy.changed)
     return list(
         dict.fromkeys(
-            f"{src.name}: {describe(src.codec)}; {dst.name}: {describe(dst.codec)}; in fp32, rounded once"
-            for src, dst in changed
+            f"{src}: {describe(read)}; {dst}: {describe(written)}; in fp32, rounded once"
+            for src, dst, read, written in changed
         )
     )
 

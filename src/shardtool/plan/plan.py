@@ -17,7 +17,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from shardtool.errors import BUG, CheckpointError
-from shardtool.layout.codecs import describe
+from shardtool.layout.codecs import Codec, describe
 from shardtool.layout.equation import Tensor, boxes, component_axes, view
 from shardtool.layout.layout import Key, Layout, Piece
 
@@ -73,6 +73,17 @@ class Copy:
     def volume(self) -> int:
         """Elements of one instance."""
         return prod(self.shape)
+
+    @property
+    def codecs(self) -> tuple[Codec | None, Codec | None]:
+        """How source and target store the component."""
+        return self.src.codec_of(self.component), self.dst.codec_of(self.component)
+
+    @property
+    def changed(self) -> bool:
+        """Whether values are computed: the two store them in different ways."""
+        src, dst = self.codecs
+        return src != dst
 
     def instances(self) -> Iterator[tuple[tuple[int, ...], Key, int, Key, int]]:
         """(ids of the target's name axes, source key, source offset, target key, target offset) of every instance."""
@@ -180,9 +191,9 @@ def _constants(plan: Plan) -> dict[str, Any]:
 
 def _codecs(copy: Copy) -> dict[str, str]:
     """How a copy changes values, where it does."""
-    if copy.src.codec == copy.dst.codec:
+    if not copy.changed:
         return {}
-    return {"from_codec": describe(copy.src.codec), "to_codec": describe(copy.dst.codec)}
+    return dict(zip(("from_codec", "to_codec"), map(describe, copy.codecs), strict=True))
 
 
 def plan(src: Layout, dst: Layout, *, pad: str = "zeros") -> Plan:

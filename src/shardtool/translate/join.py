@@ -24,6 +24,7 @@ Rules = tuple[Rule, ...]
 Place = tuple[str, tuple[int, ...]]  # Megatron key, layers
 
 QUERY, KEY = 0, 1  # components of linear_qkv
+QUERY_REST = 1  # ... once queries are those that rotate, then those that do not
 HEADED: dict[str, tuple[int, ...]] = {LINEAR_QKV + ".weight": (QUERY, KEY), LINEAR_QKV + ".bias": (QUERY, KEY)}
 HEADED |= {Q_NORM.replace("q_", f"{name}_") + ".weight": (0,) for name in "qk"}
 UNGATED = {FC1 + ".weight": (None, 0.0), FC1 + ".bias": (None, 1.0)}  # gate, up: silu(gate) * up without a gate
@@ -43,11 +44,12 @@ def join(
     target: Architecture,
     theirs: Rules,
     sizes: Mapping[str, int],
+    attention: float = 1.0,
 ) -> Joined:
     """Layouts of the source's and the target's tensors over the same components.
 
-    The source's has every optional copy that a checkpoint may have. Raises DiffersError where a tensor of one has no place
-    in the other.
+    The source's has every optional copy that a checkpoint may have. `attention` is the factor that its rope puts on the rows
+    of queries and keys that rotate. Raises DiffersError where a tensor of one has no place in the other.
     """
     left, right = _by_place(ours, source.num_layers), _by_place(theirs, source.num_layers)
     given, wanted = _given(left), _given(right)
@@ -58,7 +60,7 @@ def join(
         if (place not in left and place in given) or (place not in right and place in wanted):
             continue
         try:
-            pairs.append(_pair(left.get(place), right.get(place), source, target))
+            pairs.append(_pair(left.get(place), right.get(place), source, target, attention))
             numbers[place] = len(pairs) - 1
         except DiffersError as error:
             reasons += error.reasons
@@ -136,7 +138,9 @@ def _reordered(source: Architecture, target: Architecture) -> dict[str, int]:
     return pair_sizes(source.rope, source.head_dim)
 
 
-def _pair(a: Rule | None, b: Rule | None, source: Architecture, target: Architecture) -> tuple[Rule, Rule]:
+def _pair(
+    a: Rule | None, b: Rule | None, source: Architecture, target: Architecture, attention: float
+) -> tuple[Rule, Rule]:
     """One Megatron tensor's rules on both sides."""
     if a is None or b is None:
         held = a or b
@@ -152,7 +156,7 @@ def _pair(a: Rule | None, b: Rule | None, source: Architecture, target: Architec
         return (full, empty) if b is None else (empty, full)
     if a.equation.order != b.equation.order and target.gated == source.gated:
         raise DiffersError(f"{', '.join(a.hf)}: its parts are in an order that the target's tensors do not have")
-    if a.equation.right != b.equation.right:
+    if a.target != b.target:
         if not (target.gated and not source.gated and _inner(a.megatron) in UNGATED):
             raise DiffersError(f"{', '.join(a.hf)}: laid out in a way that the target's tensors are not")
         if len(b.hf) != len(UNGATED[_inner(a.megatron)]):
@@ -168,8 +172,26 @@ def _pair(a: Rule | None, b: Rule | None, source: Architecture, target: Architec
         whole = source.rope.fraction != target.rope.fraction
         order = row_order(replace(source.rope, interleaved=target.rope.interleaved), whole)
         a = replace(a, equation=refine(a.equation, "d", row_order(source.rope, False), components))
+        if whole and attention != 1.0 and _inner(a.megatron) in _scaled(source):
+            a = _rest_divided(a, attention)
         b = replace(b, equation=refine(b.equation, "d", order, components))
     return a, b
+
+
+def _scaled(source: Architecture) -> tuple[str, ...]:
+    """What the rows of the queries come from last: their norm, or their projection."""
+    return (Q_NORM + ".weight",) if source.qk_norm else (LINEAR_QKV + ".weight", LINEAR_QKV + ".bias")
+
+
+def _rest_divided(rule: Rule, attention: float) -> Rule:
+    """The rule with the query rows that do not rotate divided by the square of a factor.
+
+    Rope on whole heads multiplies every row of queries and keys with it, also those whose frequency is 0: together they
+    get its square too many.
+    """
+    if any(rule.codecs):
+        raise DiffersError(f"{rule.hf[0]}: an attention factor of rope, and values that are folded already")
+    return replace(rule, component_codecs=((QUERY_REST, Affine(attention**-2)),))
 
 
 def _constant(rule: Rule) -> float | None:

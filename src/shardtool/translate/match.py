@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from shardtool.errors import ShardtoolError
 from shardtool.families.architecture import Architecture
 from shardtool.families.family import TRAINING_ONLY, Family
-from shardtool.translate.rotary import whole_theta
+from shardtool.translate.rotary import STATIC, frequencies, whole_theta
 from shardtool.translate.verdict import Step
 
 BIASES = ("qkv_bias", "out_bias", "linear_bias")
@@ -155,10 +155,19 @@ Identity: TypeAlias = Callable[[Architecture, Architecture, Mapping[str, Any] | 
 def _window(a: Architecture, back: Architecture, _: Mapping[str, Any] | None) -> Answer:
     if back.window is not None or a.window is None:
         return None
-    b = replace(a, window=None, max_positions=min(a.max_positions, a.window))
+    b = replace(a, window=None, window_layers=None, max_positions=min(a.max_positions, a.window))
     if a.window >= a.max_positions:
         return b, (Step(f"the sliding window of {a.window} tokens is never shorter than the sequence: left out"),)
     what = f"sequences of at most {a.window} tokens, the sliding window: max_position_embeddings says so"
+    return b, (Step(what, "conditional"),)
+
+
+def _window_layers(a: Architecture, back: Architecture, _: Mapping[str, Any] | None) -> Answer:
+    """The target has a window on all layers, or on none: up to its length that is the same."""
+    if a.window is None or back.window != a.window or back.window_layers is not None:
+        return (a, ()) if a.window is None else None
+    b = replace(a, window_layers=None, max_positions=min(a.max_positions, a.window))
+    what = f"sequences of at most {a.window} tokens, the sliding window of some layers: max_position_embeddings says so"
     return b, (Step(what, "conditional"),)
 
 
@@ -169,17 +178,14 @@ def _rope(a: Architecture, back: Architecture, scaling: Mapping[str, Any] | None
     if rope.fraction != back.rope.fraction:
         if back.rope.fraction != 1.0:
             return f"{rope.fraction:g} of each head rotates; the target rotates {back.rope.fraction:g} of it"
-        if rope.scaling is not None or (scaling or {}).get("rope_type", "longrope") != "longrope":
-            return "rope on a part of each head, with rope scaling: longrope alone can say that"
-        if scaling is not None and scaling["attention_factor"] != 1.0:
-            return (
-                f"longrope on a part of each head with attention_factor {scaling['attention_factor']:g}: it would scale "
-                "the rows without rope as well"
-            )
-        steps.append(
-            Step(f"rope on {rope.fraction:g} of each head: the other pairs get the frequency 0 (longrope)", "exact")
-        )
-        rope = replace(rope, theta=whole_theta(rope), fraction=1.0)
+        kind = rope.scaling.kind if rope.scaling is not None else (scaling or {}).get("rope_type", "default")
+        if kind not in STATIC:
+            return f"rope on a part of each head with rope scaling {kind}: its frequencies are no fixed numbers"
+        what = f"rope on {rope.fraction:g} of each head: the other pairs get the frequency 0 (longrope)"
+        if (factor := frequencies(rope, a.head_dim, scaling).attention) != 1.0:
+            what += f", and their rows of q are divided by the square of the attention factor {factor:.6g}"
+        steps.append(Step(what, "exact"))
+        rope = replace(rope, theta=whole_theta(rope), fraction=1.0, scaling=None)
     if rope.interleaved != back.rope.interleaved:
         order = "neighbouring dims" if rope.interleaved else "halves"
         steps.append(Step(f"rope pairs {order}: rows of q and k are put in the target's order", "exact"))
@@ -236,6 +242,7 @@ def _softmax_scale(a: Architecture, back: Architecture, _: Mapping[str, Any] | N
 
 IDENTITIES: dict[str, Identity] = {
     "window": _window,
+    "window_layers": _window_layers,
     "rope": _rope,
     "biases": _biases,
     "norm": _norm,

@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from shardtool.checkpoint.companions import companions
 from shardtool.checkpoint.constants import broken_constants
 from shardtool.checkpoint.huggingface import config_bytes, huggingface_target, open_model, read_config, understood
 from shardtool.checkpoint.opened import Opened
@@ -24,13 +25,18 @@ from shardtool.families.registry import FAMILIES, family_of
 from shardtool.layout.codecs import describe
 from shardtool.layout.huggingface import huggingface_layout
 from shardtool.layout.layout import Layout, Piece
+from shardtool.layout.rules import Rule
 from shardtool.plan.plan import Plan, plan
 from shardtool.translate.join import join, scaled_queries
 from shardtool.translate.match import DiffersError, Match, biases, match
 from shardtool.translate.norms import with_biases, without_layer_norms
-from shardtool.translate.rotary import partial_as_whole, separate_scaling
+from shardtool.translate.rotary import frequencies, partial_as_whole, separate_scaling
 from shardtool.translate.verdict import Step, UntranslatableError, Verdict, worst
 
+ROUTERS = (
+    "the two families' routers round in different places: in low precision a token that two experts are about equal for "
+    "may get the other one"
+)
 # what config.json says of the tokens, whatever the architecture
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache")
 
@@ -43,6 +49,7 @@ class _Source:
     family: Family
     architecture: Architecture
     scaling: Mapping[str, Any] | None
+    rules: tuple[Rule, ...]  # in the spelling of its files, where there are files
     plain: Architecture | None = None  # the same without attention biases, where all of them are zeros
 
 
@@ -69,34 +76,43 @@ def verdict_of(config: Config, to: str) -> Verdict:
 
 
 def prepare_translate(
-    src: Path, to: str, *, dtype: str = "keep", fold_dtype: str = "keep", max_shard_size: int = 5 * 10**9
+    src: Path,
+    to: str,
+    *,
+    dtype: str = "keep",
+    fold_dtype: str = "keep",
+    max_shard_size: int = 5 * 10**9,
+    dialect: str | None = None,
 ) -> Prepared:
     """One Hugging Face directory as another architecture (`to` is its model_type).
 
-    `fold_dtype` is the dtype of tensors whose values are computed anew (a scale folded in). Raises UntranslatableError with
+    `fold_dtype` is the dtype of tensors whose values are computed anew (a scale folded in); `dialect` the target's names on
+    disk, where it has several (None: those of its table). Raises UntranslatableError with
     the verdict where the target cannot compute what the source does, UsageError and CheckpointError as every conversion.
     """
     target = _target(to)
+    spoken = target.speaking(dialect)
     for name, value in (("--dtype", dtype), ("--fold-dtype", fold_dtype)):
         if value not in ("keep", *DTYPES):
             raise unknown_value(name, value, ("keep", *DTYPES))
     config = read_config(src)
     try:
         source = understood(lambda: _read(config, target), src)
-        return _prepare(src, source, config, target, dtype, fold_dtype, max_shard_size)
+        prepared = _prepare(src, source, spoken, dtype, fold_dtype, max_shard_size)
     except UntranslatableError as error:
         raise UntranslatableError(error.verdict, str(src), _others(config, target)) from error
+    return replace(prepared, options={**prepared.options, "dialect": dialect}) if dialect else prepared
 
 
-def _prepare(
-    src: Path, source: _Source, config: Config, target: Family, dtype: str, fold_dtype: str, max_shard_size: int
-) -> Prepared:
-    opened = open_model(src, config, source.family, source.architecture).opened
+def _prepare(src: Path, source: _Source, target: Family, dtype: str, fold_dtype: str, max_shard_size: int) -> Prepared:
+    opened = open_model(src, source.config, source.family, source.architecture).opened
     # MTP layers that are not on disk are not there
-    source = replace(source, architecture=opened.architecture, plain=_without_zero_biases(opened))
+    source = replace(
+        source, architecture=opened.architecture, rules=opened.layout.rules, plain=_without_zero_biases(opened)
+    )
     decided = _decide(source, target)
     if source.architecture.norm != decided.found.target.norm:
-        opened = with_biases(source.family.rules(source.architecture), opened)
+        opened = with_biases(source.rules, opened)
     opened = replace(opened, layout=_as_stored(decided.plan.src, opened))
     if broken := broken_constants(opened):
         reasons = tuple(f"{line}, and the target has no such tensor" for line in broken)
@@ -107,10 +123,11 @@ def _prepare(
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         sizes[tensor.dtype] += prod(tensor.shape)
-    written = _config(source, decided.found, target, sizes.most_common(1)[0][0])
+    written = config_bytes(_config(source, decided.found, target, sizes.most_common(1)[0][0]))
+    companions(src, written)  # refuse now what could not be copied at the end
     return Prepared(
         "translate", opened, made, huggingface_target(tensors, max_shard_size), decided.found.target, "",
-        {"config.json": config_bytes(written)}, src, _tokenizer_note(src), dtypes,
+        {"config.json": written}, src, dtypes=dtypes,
         options={"to": target.model_type, "dtype": dtype, "fold_dtype": fold_dtype, "max_shard_size": max_shard_size},
         verdict=decided.verdict,
     )  # fmt: skip
@@ -165,19 +182,21 @@ def _read(config: Config, target: Family) -> _Source:
         raise UntranslatableError(Verdict(name, target.model_type, "impossible", reasons=(reason,)))
     family = family_of(config)
     plain, scaling = separate_scaling(config, family)
-    return _Source(plain, family, family.read_config(plain, megatron=False), scaling)
+    a = family.read_config(plain, megatron=False)
+    return _Source(plain, family, a, scaling, family.rules(a))
 
 
 def _decide(source: _Source, target: Family) -> _Decided:
     a = source.architecture
     try:
         found = match(source.plain or a, target, source.scaling)
-        rules = source.family.rules(a)
+        rules = source.rules
         if a.norm != found.target.norm:
             rules = without_layer_norms(rules)
         if a.softmax_scale is not None and found.target.softmax_scale is None:
             rules = scaled_queries(rules, a.softmax_scale * a.head_dim**0.5)
-        joined = join(a, rules, found.target, target.rules(found.target), axis_sizes(a))
+        factor = 1.0 if a.rope is None else frequencies(a.rope, a.head_dim, source.scaling).attention
+        joined = join(a, rules, found.target, target.rules(found.target), axis_sizes(a), factor)
     except DiffersError as error:
         verdict = Verdict(source.family.model_type, target.model_type, "impossible", reasons=error.reasons)
         raise UntranslatableError(verdict) from error
@@ -188,8 +207,10 @@ def _decide(source: _Source, target: Family) -> _Decided:
 def _verdict(source: _Source, found: Match, made: Plan, target: Family) -> Verdict:
     steps = [*found.steps, *_folds(made), *_constants(made), *_head(source, found, target, made)]
     a = source.architecture
+    if a.moe is not None and source.family.model_type != target.model_type:
+        steps.append(Step(ROUTERS, "exact"))
     limit = source.family.limit(source.config)
-    if limit and source.family is not target:
+    if limit and source.family.model_type != target.model_type:
         what = f"sequences of at most {a.max_positions} tokens: {limit}; max_position_embeddings says so"
         steps.append(Step(what, "conditional"))
     caveats = []
@@ -197,7 +218,7 @@ def _verdict(source: _Source, found: Match, made: Plan, target: Family) -> Verdi
         caveats.append("engine-dependent: transformers 4 and 5 compute it so, other engines must be checked")
     if any(piece.constant is not None and piece.name.endswith("o_proj.bias") for piece in made.dst.pieces):
         caveats.append("engine-dependent: old versions of vLLM, SGLang, llama.cpp and MLC ignored attention_bias")
-    before = sum(_elements(made.src, p) for p in huggingface_layout(source.family.rules(a), axis_sizes(a)).pieces)
+    before = sum(_elements(made.src, p) for p in huggingface_layout(source.rules, axis_sizes(a)).pieces)
     after = sum(_elements(made.dst, piece) for piece in made.dst.pieces)
     return Verdict(
         source.family.model_type, target.model_type, worst(tuple(steps)), tuple(steps), caveats=tuple(caveats),
@@ -209,10 +230,9 @@ def _folds(made: Plan) -> list[Step]:
     """Values that are computed anew."""
     seen: dict[tuple[str, str], None] = {}
     for copy in made.copies:
-        if copy.src.codec != copy.dst.codec:
-            parts = [
-                f"{piece.name}: {describe(piece.codec)}" for piece in (copy.src, copy.dst) if piece.codec is not None
-            ]
+        if copy.changed:
+            pieces = zip((copy.src, copy.dst), copy.codecs, strict=True)
+            parts = [f"{piece.name}: {describe(codec)}" for piece, codec in pieces if codec is not None]
             seen[copy.dst.name, "; ".join(parts)] = None
     return [Step(f"{name} is computed in fp32 and rounded once ({how})", "exact") for name, how in seen]
 
@@ -255,7 +275,7 @@ def _folded(dtypes: dict[int, str], made: Plan, wide: str | None) -> dict[int, s
     """The dtypes with those of tensors that are computed anew replaced."""
     if wide is None:
         return dtypes
-    computed = {id(copy.dst) for copy in made.copies if copy.src.codec != copy.dst.codec}
+    computed = {id(copy.dst) for copy in made.copies if copy.changed}
     return {piece: wide if piece in computed else dtype for piece, dtype in dtypes.items()}
 
 
@@ -273,10 +293,3 @@ def _config(source: _Source, found: Match, target: Family, dtype: str) -> dict[s
             # transformers 4 takes it from here, and 5 gives it precedence
             config["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
     return config
-
-
-def _tokenizer_note(src: Path) -> tuple[str, ...]:
-    file = src / "tokenizer_config.json"
-    if file.is_file() and b"auto_map" in file.read_bytes():
-        return ("the tokenizer is code of the source's repository (auto_map): copy its .py files if you need it",)
-    return ()

@@ -6,8 +6,8 @@ Reference: transformers `modeling_rope_utils.py`, the same from 4.43 to 5.23 in 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from shardtool.families.architecture import Rope
 from shardtool.families.family import Config, Family
@@ -15,6 +15,7 @@ from shardtool.layout.equation import Product, Sum
 
 HALF, PAIR, REST = "half", "pair", "rest"  # the two of a pair, the pairs that are rotated, those that are not
 STILL = 1e30  # a frequency divided by this does not rotate: position / 1e30 is 0 in fp32
+STATIC = ("default", "linear", "llama3", "yarn", "longrope")  # scalings with fixed frequencies for every pair
 TABLED = ("default", "linear")  # scalings that every family's table reads; others are carried as they are
 
 
@@ -54,6 +55,8 @@ def separate_scaling(config: Config, family: Family) -> tuple[dict[str, Any], di
         longest = config.get("max_position_embeddings")
         if positions or longest:
             scaling["original_max_position_embeddings"] = positions or longest
+        if kind == "yarn" and scaling.get("factor") is None and longest:
+            scaling["factor"] = longest / scaling["original_max_position_embeddings"]
         if kind == "longrope":
             scaling["attention_factor"] = attention_factor(scaling, longest)
     return plain, scaling
@@ -68,23 +71,84 @@ def attention_factor(scaling: Mapping[str, Any], longest: int | None) -> float:
     return 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
+class Frequencies(NamedTuple):
+    """What the frequencies of the pairs that rotate are divided by, up to `original` positions and beyond, and what cos
+    and sin are multiplied with."""
+
+    short: Sequence[float]
+    long: Sequence[float]
+    attention: float = 1.0
+    original: int | None = None
+
+
+def frequencies(rope: Rope, head_dim: int, scaling: Mapping[str, Any] | None) -> Frequencies:
+    """A rope scaling as numbers for each pair: one of `STATIC`, as the family's table reads it or as config.json has it."""
+    pairs = int(head_dim * rope.fraction) // 2
+    if rope.scaling is not None and rope.scaling.kind == "linear":
+        slower = [rope.scaling.factor] * pairs
+        return Frequencies(slower, slower)
+    kind = (scaling or {}).get("rope_type", "default")
+    if scaling is None or kind not in STATIC or kind == "default":
+        plain = [1.0] * pairs
+        return Frequencies(plain, plain)
+    if kind == "longrope":
+        original = scaling["original_max_position_embeddings"]
+        return Frequencies(scaling["short_factor"], scaling["long_factor"], scaling["attention_factor"], original)
+    kept = _yarn(rope, pairs, scaling) if kind == "yarn" else _llama3(rope, pairs, scaling)
+    factors = [1 / ((1 - share) / scaling["factor"] + share) for share in kept]
+    return Frequencies(factors, factors, _yarn_attention(scaling) if kind == "yarn" else 1.0)
+
+
+def _yarn(rope: Rope, pairs: int, scaling: Mapping[str, Any]) -> list[float]:
+    """The share of its own frequency that each pair keeps (transformers `_compute_yarn_parameters`)."""
+    dim, original = 2 * pairs, scaling["original_max_position_embeddings"]
+
+    def turning(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = turning(scaling.get("beta_fast") or 32), turning(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    width = high - low or 0.001
+    return [1 - min(max((pair - low) / width, 0.0), 1.0) for pair in range(pairs)]
+
+
+def _yarn_attention(scaling: Mapping[str, Any]) -> float:
+    def mscale(times: float) -> float:
+        return 0.1 * times * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
+
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
+    return mscale(1.0)
+
+
+def _llama3(rope: Rope, pairs: int, scaling: Mapping[str, Any]) -> list[float]:
+    """The share of its own frequency that each pair keeps (transformers `_compute_llama3_parameters`)."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    waves = [2 * math.pi * rope.theta ** (pair / pairs) for pair in range(pairs)]
+    shares = [(scaling["original_max_position_embeddings"] / wave - low) / (high - low) for wave in waves]
+    return [min(max(share, 0.0), 1.0) for share in shares]
+
+
 def partial_as_whole(rope: Rope, head_dim: int, positions: int, scaling: Mapping[str, Any] | None) -> dict[str, Any]:
     """The rope scaling with which a family that rotates whole heads rotates the first part of them alone.
 
     longrope divides each pair's frequency by a factor of its own: 1 for the pairs that rotate (the base is raised so
-    that theirs come out, `whole_theta`), 1e30 for the others. `scaling` is the source's own, longrope or none.
+    that theirs come out, `whole_theta`), 1e30 for the others. `scaling` is the source's own, or none. The attention factor
+    is on all rows then: `join` takes it off those that do not rotate.
     """
-    sizes = pair_sizes(rope, head_dim)
-    still = [STILL] * sizes[REST]
-    plain = [1.0] * sizes[PAIR]
-    own = scaling or {"short_factor": plain, "long_factor": plain, "original_max_position_embeddings": positions}
+    still = [STILL] * pair_sizes(rope, head_dim)[REST]
+    own = frequencies(rope, head_dim, scaling)
     return {
         "rope_type": "longrope",
-        "short_factor": [*own["short_factor"], *still],
-        "long_factor": [*own["long_factor"], *still],
-        "attention_factor": 1.0,
+        "short_factor": [*own.short, *still],
+        "long_factor": [*own.long, *still],
+        "attention_factor": own.attention,
         "factor": 1.0,
-        "original_max_position_embeddings": own["original_max_position_embeddings"],
+        "original_max_position_embeddings": own.original or positions,
     }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from shardtool.checkpoint.constants import check_constants
 from shardtool.checkpoint.huggingface import HuggingFace, open_huggingface
 from shardtool.checkpoint.megatron import Megatron, read_megatron
 from shardtool.checkpoint.opened import Opened, fold
@@ -14,6 +15,7 @@ from shardtool.errors import CheckpointError, UsageError
 from shardtool.execute import engine, finite
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import standard
+from shardtool.families.dialects import same_components
 from shardtool.families.family import TRAINING_ONLY, describe_differences
 from shardtool.formats.detect import detect
 from shardtool.layout.rules import Rule
@@ -36,11 +38,18 @@ class LogitsOptions:
     max_tokens: int | None = None
 
 
-def open_side(path: Path) -> HuggingFace | Megatron:
-    """A checkpoint of either kind, its headers read; CheckpointError where it is none."""
-    if detect(path).kind.startswith("hf_"):
-        return open_huggingface(path)
+def open_side(path: Path, *, megatron: bool = True) -> HuggingFace | Megatron:
+    """A checkpoint of either kind, its headers read; CheckpointError where it is none.
+
+    A Hugging Face directory is as Megatron sees it, without `megatron` as its family has it.
+    """
+    if _is_huggingface(path):
+        return open_huggingface(path, megatron=megatron)
     return read_megatron(path)
+
+
+def _is_huggingface(path: Path) -> bool:
+    return detect(path).kind.startswith("hf_")
 
 
 def verify(
@@ -57,7 +66,8 @@ def verify(
     no sense, CheckpointError where a directory is no checkpoint at all.
     """
     say = progress or (lambda _: None)
-    opened = [open_side(a), open_side(b)]
+    megatron = not (_is_huggingface(a) and _is_huggingface(b))
+    opened = [open_side(path, megatron=megatron) for path in (a, b)]
     made: list[Level] = []
     pair: tuple[Opened, Opened] | None = None
     if {"accounting", "exact"} & set(levels):
@@ -87,6 +97,7 @@ def _accounting(a: HuggingFace | Megatron, b: HuggingFace | Megatron) -> tuple[L
     ours, theirs = _architecture(a), _architecture(b)
     ignore = {"family", "mtp_layers", *TRAINING_ONLY}
     if not (isinstance(a, HuggingFace) and isinstance(b, HuggingFace)):
+        ignore.add("zero_out_bias")
         ignore.add("folded")  # of the Hugging Face side alone; the other levels see whether the weights contain it
         if ours.rope is not None:
             ignore.add("max_positions")
@@ -128,8 +139,10 @@ def _open_both(a: HuggingFace | Megatron, b: HuggingFace | Megatron) -> tuple[Op
     for side in (a, b):
         if isinstance(side, Megatron):
             found.append(side.open(rules, vocab))
+            if given is not None:
+                check_constants(given.opened)
         else:
-            if side.opened.layout.rules != rules:
+            if not same_components(side.opened.layout.rules, rules):
                 raise UsageError(
                     f"a {_architecture(b).family} and a {_architecture(a).family} directory have different tables",
                     hint="compare their logits: --level logits",
