@@ -21,12 +21,11 @@ from shardtool.checkpoint.opened import Opened
 from shardtool.checkpoint.padding import cut_rows, padding_rows
 from shardtool.checkpoint.target import Target, TargetTensor
 from shardtool.errors import CheckpointError, ShardtoolError
-from shardtool.execute import engine, finite
+from shardtool.execute import engine, finite, reflink
 from shardtool.execute.digests import Digests, Span, sha256
 from shardtool.execute.lower import source_keys
 from shardtool.execute.memory import Memory
 from shardtool.execute.ranks import Ranks, shares
-from shardtool.execute.reflink import residues
 from shardtool.execute.staging import Stage, check_destination, recover, staged, write_small
 from shardtool.families.architecture import Architecture
 from shardtool.layout.layout import Key
@@ -137,7 +136,9 @@ def execute(
             kept = len(stage.finished)
             if kept:
                 say(f"continuing: {kept} of {len(prepared.target.skeletons)} files are finished")
-            if not prepared.options.get("reflink"):
+            if prepared.options.get("reflink"):
+                reflink.check(source.locate(next(iter(source.headers))).file, stage.output)
+            else:
                 stage.check_space(
                     sum(file.size for name, file in prepared.target.skeletons.items() if name not in stage.finished)
                 )
@@ -157,7 +158,7 @@ def execute(
 def shareable(plan: Plan, tensors: Iterable[TargetTensor], source: Opened) -> dict[Key, int]:
     """Where payloads have to begin, modulo a block, to share blocks with the source (execute.reflink)."""
     dtypes = {tensor.key: tensor.dtype for tensor in tensors}
-    return residues(engine.tasks(plan, dtypes.__getitem__), source.locate)
+    return reflink.residues(engine.tasks(plan, dtypes.__getitem__), source.locate)
 
 
 class _NoNumbers:
@@ -172,14 +173,14 @@ class _NoNumbers:
         if self._allowed:
             self._held[task.key] = task
         else:
-            finite.refuse(self._found([task]), str(self._source.path), allowed=False)
+            finite.refuse(self._found([task]), str(self._source.path))
 
     def __len__(self) -> int:
         return len(self._held)
 
     def notes(self, total: int) -> tuple[str, ...]:
         """Lines for people; `total` counts the tensors of all ranks."""
-        lines = finite.refuse(self._found(self._held.values()), str(self._source.path), allowed=True)
+        lines = finite.lines(self._found(self._held.values()))
         others = total - len(self._held)
         return (*lines, f"NaN or Inf in {others} tensors that other ranks have written") if others else lines
 

@@ -28,6 +28,7 @@ def refused(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Res
     def run(
         code: int, *arguments: object, names: tuple[object, ...] = (), keep: bool = False, report: bool = False
     ) -> Result:
+        absent = [argument for argument in arguments if isinstance(argument, Path) and not argument.exists()]
         before = sorted(str(path) for path in tmp_path.rglob("*"))
         with error_sites.watched() as made:
             result = command(*arguments, "-q")
@@ -41,6 +42,7 @@ def refused(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Res
         assert report or "\nhint: " in said, said
         for name in names:
             assert str(name) in said, f"{name!r} is not in\n{said}"
+        assert not any(path.exists() for path in absent), "DST is there"
         assert keep or sorted(str(path) for path in tmp_path.rglob("*")) == before
         errors_page.record(request.node, result, said, tmp_path)
         return result

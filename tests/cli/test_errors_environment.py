@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def test_a_model_that_no_disk_holds(refused: Refused, tmp_path: Path) -> None:
         file.write(skeleton.parts[0][1])
         file.truncate(skeleton.size)
     refused(2, "hf2megatron", source, tmp_path / "dst", names=("not enough disk space", "bytes free"))
+
+
+def test_a_file_system_that_cannot_share_blocks(tiny_model: TinyModel, refused: Refused) -> None:
+    """/dev/shm is memory; and source and target are on two file systems."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        dst = Path(directory) / "dst"
+        refused(2, "hf2megatron", tiny_model("llama"), dst, "--reflink", names=("cannot be shared", "--reflink"))
+        assert not list(Path(directory).iterdir())
 
 
 @pytest.fixture

@@ -58,6 +58,9 @@ CONFIGS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "rope scaling that lacks its factor": (
         {"rope_scaling": {"rope_type": "linear"}, "rope_parameters": None}, ("cannot be converted", "'factor' is missing")
     ),
+    "a rope type that megatron-core does not have": (
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "rope_parameters": None}, ("cannot be converted", "dynamic")
+    ),
     "entries of unknown kinds": ({"rope_scaling": 7}, ("describes no model",)),
     "an epsilon that is a list": ({"rms_norm_eps": [1]}, ("describes no model", "norm_eps")),
     "a list for the number of groups": ({"num_key_value_heads": [1]}, ("num_key_value_heads",)),
@@ -91,6 +94,46 @@ def test_yarn_on_latent_attention(
     scaling, name = LATENT[case]
     source = edit_config(copied(tiny_model("deepseek_v3")), rope_scaling=scaling, rope_parameters=None)
     refused(2, "hf2megatron", source, tmp_path / "dst", names=("cannot be converted", name))
+
+
+def test_yarn_where_rope_pairs_neighbours(
+    tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    source = edit_config(copied(tiny_model("glm")), rope_scaling=YARN, rope_parameters=None)
+    refused(2, "hf2megatron", source, tmp_path / "dst", names=("cannot be converted", "yarn on"))
+
+
+def test_a_sliding_window_on_some_layers_of_mimo(
+    tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None}
+    source = edit_config(copied(tiny_model("qwen2")), model_type="mimo", architectures=["MiMoForCausalLM"], **window)
+    refused(2, "hf2megatron", source, tmp_path / "dst", names=("cannot be converted", "prediction layers"))
+
+
+def test_output_biases_that_are_not_zero(refused: Refused, tmp_path: Path) -> None:
+    tiny.build(json.loads(CONFIG.read_text()) | {"attention_bias": True}, tmp_path / "source")
+    names = ("model.layers.{0-3}.self_attn.o_proj.bias",)
+    refused(1, "hf2megatron", tmp_path / "source", tmp_path / "dst", names=names)
+
+
+def test_names_on_disk_that_a_family_does_not_have(tiny_model: TinyModel, refused: Refused, tmp_path: Path) -> None:
+    for to, names in (("llama", ("one set of names",)), ("mixtral", ("per-expert or fused",))):
+        source = tiny_model(to)
+        refused(2, "translate", source, tmp_path / "dst", "--to", to, "--dialect", "packed", names=names)
+
+
+AUTO_MAPS = {"is a number": (7, "cannot be read"), "leads out": ("../outside.Tokenizer", "no module beside it")}
+
+
+@pytest.mark.parametrize("case", AUTO_MAPS)
+def test_a_tokenizer_with_an_auto_map_that(
+    case: str, tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    value, name = AUTO_MAPS[case]
+    source = copied(tiny_model("llama"))
+    (source / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": value}}))
+    refused(1, "translate", source, tmp_path / "dst", "--to", "qwen2", names=(name,))
 
 
 def test_a_number_that_no_float_holds(tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path) -> None:

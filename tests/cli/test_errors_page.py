@@ -33,6 +33,7 @@ NOT_ON_THE_PAGE = {
     "convert.py:prepare_megatron2hf: --dtype": API,
     "execute/codecs.py:_unit": "needs a Baichuan2 head that torch.save has stored transposed, which no tool does",
     "families/family.py:Family.write_config": "its details are on the page, below what no architecture is",
+    "families/mimo.py:": "hands on the reasons of Qwen2's table, which are on the page",
     "formats/pickle_out.py": GUARD,
     "formats/safetensors_files.py:read_header: (a text of its caller)": DEVICE,
     "formats/safetensors_files.py:skeleton": GUARD,

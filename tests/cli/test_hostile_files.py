@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from commands import convert, done
+from commands import command, convert, done
 from shardtool import tiny
 from spoiled import CONFIG, NORM, Copied, Megatron, Refused, TinyModel, edit_config
 
@@ -217,10 +217,30 @@ def test_weights_that_are_no_numbers(tiny_model: TinyModel, copied: Copied, refu
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     names = (f"{NORM}: 3 NaN of 64 elements", "lm_head.weight: 1 Inf of 7680 elements", "--allow-nan")
     refused(1, "inspect", source, "--values", names=names)
-    refused(1, "hf2megatron", source, tmp_path / "dst", "--dtype", "bf16", names=names)
     assert "3 NaN" in done("inspect", source, "--values", "--allow-nan").out
-    convert(source, tmp_path / "allowed", "--dtype", "bf16", "--allow-nan")
-    convert(source, tmp_path / "moved")  # bytes only: nobody looks at them
+    assert "3 NaN" in done("hf2megatron", source, tmp_path / "allowed", "--allow-nan", "--tp", 2).out
+    convert(source, tmp_path / "not looked at", "--no-checksums")
+    tensors["lm_head.weight"][5, 6] = 0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    for options in ((), ("--dtype", "bf16")):
+        refused(1, "hf2megatron", source, tmp_path / "dst", *options, names=names[:1])
+
+
+@pytest.mark.parametrize("name", ["self_attn.o_proj", "self_attn.k_proj", "mlp.up_proj", "input_layernorm"])
+@pytest.mark.parametrize("form", ["torch", "torch_dist"])
+def test_one_weight_that_is_no_number(
+    name: str, form: str, tiny_model: TinyModel, copied: Copied, tmp_path: Path
+) -> None:
+    """Wherever it comes to lie: among columns that are scattered, rows that are woven, or in every rank's copy."""
+    source = copied(tiny_model("llama"))
+    tensors = load_file(source / "model.safetensors")
+    wrong = f"model.layers.2.{name}.weight"
+    tensors[wrong].view(-1)[-1] = float("inf")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    result = command("hf2megatron", source, tmp_path / "dst", "--tp", 2, "--pp", 2, "--format", form)
+    assert result.code == 1
+    assert f"{wrong}: 1 Inf of {tensors[wrong].numel()} elements" in result.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
 def test_values_that_the_dtype_cannot_hold(

@@ -150,13 +150,21 @@ def _strided(stored: Stored) -> Iterator[Any]:
         yield np.ascontiguousarray(whole[row : row + rows])
 
 
-def refuse(found: list[NotFinite], where: str, *, allowed: bool) -> tuple[str, ...]:
-    """Raises CheckpointError naming the tensors; with `allowed` their lines instead, to be said as notes."""
-    lines = tuple(map(str, found[:20])) + ((f"and {len(found) - 20} tensors more",) if len(found) > 20 else ())
-    if found and not allowed:
+def lines(found: list[NotFinite]) -> tuple[str, ...]:
+    """A line for each tensor, of many the first."""
+    return tuple(map(str, found[:20])) + ((f"and {len(found) - 20} tensors more",) if len(found) > 20 else ())
+
+
+def refuse(found: list[NotFinite], where: str) -> None:
+    """Raises CheckpointError naming the tensors, if there are any."""
+    if found:
+        only_beyond = all(item.beyond and not item.nan and not item.inf for item in found)
         raise CheckpointError(
-            "weights that are no numbers", where=where, details=lines,
-            hint="the training has diverged, or a file is damaged; `shardtool inspect --values` lists all of them, "
+            "weights that the dtype cannot hold" if only_beyond else "weights that are no numbers",
+            where=where,
+            details=lines(found),
+            hint="choose another --dtype, or --allow-nan, which makes them infinite"
+            if only_beyond
+            else "the training has diverged, or a file is damaged; `shardtool inspect --values` lists all of them, "
             "--allow-nan takes them as they are",
-        )  # fmt: skip
-    return lines
+        )

@@ -11,6 +11,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterable
 from math import prod
+from pathlib import Path
 
 from shardtool.errors import UsageError
 from shardtool.execute.lower import Task, moves, runs
@@ -42,10 +43,18 @@ def residues(tasks: Iterable[Task], locate: Callable[[Key], Stored]) -> dict[Key
     return found
 
 
+def check(source: str, directory: Path) -> None:
+    """UsageError where files in a directory cannot share blocks with a source file."""
+    import tempfile  # noqa: PLC0415 - slow to import, and seldom needed
+
+    with open(source, "rb") as file, tempfile.TemporaryFile(dir=directory) as target:  # noqa: PTH123 - no Path here
+        clone(file.fileno(), 0, 0, target.fileno(), 0, str(directory))
+
+
 def clone(source: int, offset: int, size: int, target: int, at: int, where: str) -> None:
     """Share `size` bytes at `offset` of a source file with a target file, at `at`; all are multiples of BLOCK.
 
-    UsageError where the file system cannot.
+    Size 0 means to the source's end. UsageError where the file system cannot.
     """
     try:
         fcntl.ioctl(target, _FICLONERANGE, _RANGE(source, offset, size, at))

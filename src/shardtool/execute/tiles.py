@@ -252,7 +252,8 @@ def _rearranged(work: Workspace, part: Move, tile: memoryview, low: int, dtype: 
         elements = np.lib.stride_tricks.as_strided(
             source, piece.shape, tuple(s * source.itemsize for s in piece.src_strides)
         )
-        np.copyto(view, elements, casting="unsafe")
+        with np.errstate(all="ignore"):  # what the new dtype cannot hold is told of by who looks at what is written
+            np.copyto(view, elements, casting="unsafe")
 
 
 def _readable(part: Move, width: int) -> Iterator[Move]:
