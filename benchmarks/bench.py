@@ -5,6 +5,7 @@
     bench.py memory WORK SHAPE GB                      peak anonymous memory of every direction and format
     bench.py values WORK SHAPE GB                      where values change: llama to fp32, fp8 to bf16
     bench.py scaling WORK SHAPE GB                     over threads and processes
+    bench.py reflink WORK SHAPE GB                     a split into pipeline stages on a file system with reflinks
     bench.py small                                     latency of --help, plan time by family
 
 SHAPE is llama, mixtral or fp8, FORMAT torch or torch_dist. Every round measures all techniques, in turning order.
@@ -193,13 +194,47 @@ def scaling(options: argparse.Namespace) -> None:
     inner = [*WITHOUT_SYNC, *conversion("hf2megatron", base, out, "torch"), "-q", "--no-checksums"]
     for number in range(options.rounds):
         measure.warm(base / "hf")
-        commands = {f"{jobs} threads": [*inner, "--jobs", str(jobs)] for jobs in (1, 2, 4)}
+        commands = {"cp": ["cp", "-r", str(base / "hf"), str(out)]}
+        commands |= {f"{jobs} threads": [*inner, "--jobs", str(jobs)] for jobs in (1, 2, 4)}
         for processes in (1, 2, 3):
             commands[f"{processes} processes"] = [*torchrun, "--nproc-per-node", str(processes), *inner, "--jobs", "1"]
         for name, command in commands.items():
             wall, cpu = measure.timed(command, out, need=need)
             record(options.results, kind="scaling", shape=options.shape, gb=options.gb, technique=name, wall=wall, cpu=cpu,
                    round=f"{options.run}-{number}")  # fmt: skip
+
+
+def reflink(options: argparse.Namespace) -> None:
+    """A split into pipeline stages on an XFS image, blocks shared, against `cp` of every byte; needs root."""
+    base, place, image = folder(options.work, options.shape, options.gb), options.work / "xfs", options.work / "xfs.img"
+    place.mkdir(exist_ok=True)
+    with image.open("wb") as file:
+        file.truncate(int(options.gb * 3e9) + (1 << 30))
+    make = [["mkfs.xfs", "-q", "-f", str(image)], ["mount", "-o", "loop", str(image), str(place)]]
+    try:
+        for command in make:
+            subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        record(options.results, kind="reflink", shape=options.shape, gb=options.gb, technique="not run", why=str(error))
+        image.unlink()
+        return
+    try:
+        shutil.copytree(base / "hf", place / "hf")
+        commands = {"cp": ["cp", "--reflink=never", "-r", str(place / "hf"), str(place / "out")]}
+        for form in FORMATS:
+            commands[form] = [*WITHOUT_SYNC, "hf2megatron", str(place / "hf"), str(place / "out"), "--pp", "4", "--format",
+                              form, "-q", "--no-checksums", "--reflink", "--json"]  # fmt: skip
+        for number in range(options.rounds):
+            measure.warm(place / "hf")
+            for name, command in commands.items():
+                told: list[str] = []
+                wall, cpu = measure.timed(command, place / "out", need=int(options.gb * 1.1e9), told=told)
+                within = json.loads(told[0])["seconds"] if name != "cp" else wall
+                record(options.results, kind="reflink", shape=options.shape, gb=options.gb, technique=name, wall=wall,
+                       cpu=cpu, within=within, round=f"{options.run}-{number}")  # fmt: skip
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+        image.unlink()
 
 
 def small(options: argparse.Namespace) -> None:
@@ -211,7 +246,7 @@ def small(options: argparse.Namespace) -> None:
             subprocess.run([*SHARDTOOL, *command], capture_output=True, check=True, env=measure.ENVIRONMENT)
             seconds.append(time.perf_counter() - started)
         record(options.results, kind="help", technique=name, wall=statistics.median(seconds))
-    for row in plans.rows():
+    for row in plans.rows(options.rounds):
         record(options.results, kind="plan", **row)
 
 
@@ -222,6 +257,7 @@ def commands() -> Iterator[tuple[str, Any, tuple[str, ...]]]:
     yield "memory", memory, ("work", "shape", "gb")
     yield "values", values, ("work", "shape", "gb")
     yield "scaling", scaling, ("work", "shape", "gb")
+    yield "reflink", reflink, ("work", "shape", "gb")
     yield "small", small, ()
 
 

@@ -48,10 +48,10 @@ def warm(folder: Path) -> None:
                     pass
 
 
-def timed(command: Sequence[str], out: Path, *, need: int) -> tuple[float, float]:
+def timed(command: Sequence[str], out: Path, *, need: int, told: list[str] | None = None) -> tuple[float, float]:
     """(wall seconds, CPU seconds) of a command that writes `out`, which is removed before and after.
 
-    `need` is the memory, page cache included, that it will touch.
+    `need` is the memory, page cache included, that it will touch; `told` gets what it says on stdout.
     """
     remove(out)
     os.sync()
@@ -61,6 +61,8 @@ def timed(command: Sequence[str], out: Path, *, need: int) -> tuple[float, float
     wall, after = time.perf_counter() - started, os.times()
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+    if told is not None:
+        told.append(done.stdout)
     remove(out)
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return wall, cpu

@@ -129,6 +129,21 @@ def scaling(rows: list[Row]) -> list[str]:
     return table(["model", "hf2megatron torch with", "wall (s)", "CPU (s)"], lines)
 
 
+def reflink(rows: list[Row]) -> list[str]:
+    """Blocks shared with the source."""
+    lines = []
+    for (shape, gb, technique), held in grouped(rows, "reflink", "shape", "gb", "technique").items():
+        if technique == "not run":
+            lines.append([f"{shape} {gb} GB", f"not run: {held[-1]['why']}", "", ""])
+        elif technique != "cp":
+            group = [row for row in rows if row["kind"] == "reflink" and (row["shape"], row["gb"]) == (shape, gb)]
+            within = [{**row, "wall": row["within"]} for row in group]
+            lines.append(
+                [f"{shape} {gb} GB", technique, median(ratios(group, technique)), median(ratios(within, technique))]
+            )
+    return table(["model, tp 1 pp 4, on XFS", "", "x of cp --reflink=never", "without the start of the process"], lines)
+
+
 def small(rows: list[Row]) -> list[str]:
     """Latencies."""
     lines = []
@@ -136,8 +151,8 @@ def small(rows: list[Row]) -> list[str]:
         lines.append([f"shardtool {name}", median([row["wall"] for row in held])])
     for (name, layout, form), held in grouped(rows, "plan", "technique", "layout", "format").items():
         last = held[-1]
-        what = f"plan {name}, {layout}, {form}: {last['tensors']:,} tensors"
-        lines.append([what, f"{last['planned']:.2f}; with the files laid out {last['whole']:.2f}"])
+        what = f"plan of {name}, {layout}, {form}: {last['bytes'] / 1e9:,.0f} GB in {last['files']:,} files"
+        lines.append([what, median([row["wall"] for row in held])])
     return table(["", "seconds"], lines)
 
 
@@ -169,7 +184,7 @@ def main(results: str, readme: str, picture: str) -> None:
     lines = [f"Machine: {'; '.join(machines)}. File system: ext4.", ""]
     for title, part in (
         ("Time", times), ("Memory", memory), ("Where values change", values), ("Threads and processes", scaling),
-        ("Start and plan", small),
+        ("Reflinks", reflink), ("Start and plan", small),
     ):  # fmt: skip
         made = part(rows)
         lines += [f"## {title}", "", *made] if len(made) > 3 else []
