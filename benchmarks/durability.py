@@ -67,12 +67,16 @@ def main() -> None:
                         seconds[way][f"{'fsync' if durable else '-'}, {'sha256' if sums else '-'}"].append(
                             timed(dst, do)
                         )
-    sys.stdout.write(f"{size / 1e9:.1f} GB, {given.rounds} rounds, medians in s (and as a ratio to the run without either)\n")
+    sys.stdout.write(
+        f"{size / 1e9:.1f} GB, {given.rounds} rounds, medians in s (and as a ratio to the run without either)\n"
+    )
     for way, found in seconds.items():
         base = statistics.median(found["-, -"])
         for name, values in found.items():
             median = statistics.median(values)
-            sys.stdout.write(f"{way:<12} {name:<14} {median:6.2f} ({median / base:.2f})  {min(values):.2f} to {max(values):.2f}\n")
+            sys.stdout.write(
+                f"{way:<12} {name:<14} {median:6.2f} ({median / base:.2f})  {min(values):.2f} to {max(values):.2f}\n"
+            )
 
 
 if __name__ == "__main__":
