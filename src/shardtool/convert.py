@@ -34,7 +34,8 @@ from shardtool.families.blocks import axis_sizes, standard
 from shardtool.families.exactness import inexact
 from shardtool.families.family import TRAINING_ONLY, Family, describe_differences
 from shardtool.families.launch_flags import launch_flags, without_flag
-from shardtool.families.megatron_args import FAMILY_NAME, GROUP_SCORE, INEXACT, ZERO_OUT_BIAS, to_args
+from shardtool.families.megatron_args import FAMILY_NAME, GROUP_SCORE, INEXACT, ZERO_OUT_BIAS
+from shardtool.families.megatron_args_out import to_args
 from shardtool.families.registry import family_of, infer_family
 from shardtool.formats.tracker import TRACKER, iteration_name, tracker_bytes
 from shardtool.layout.huggingface import huggingface_layout

@@ -16,7 +16,8 @@ from shardtool.families.blocks import axis_sizes, standard
 from shardtool.families.exactness import inexact
 from shardtool.families.family import TRAINING_ONLY, describe_differences
 from shardtool.families.launch_flags import launch_flags, without_flag
-from shardtool.families.megatron_args import from_args, to_args
+from shardtool.families.megatron_args import from_args
+from shardtool.families.megatron_args_out import to_args
 from shardtool.families.refused import REFUSED
 from shardtool.families.registry import FAMILIES, family_of, infer_family
 from shardtool.families.rope import read_rope, write_rope

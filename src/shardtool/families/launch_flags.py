@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from shardtool.families.architecture import Architecture
-from shardtool.families.megatron_args import linear_args, mla_args, position_embedding, whole, window_flags
+from shardtool.families.megatron_args import whole
+from shardtool.families.megatron_args_out import linear_args, mla_args, position_embedding, window_flags
 from shardtool.layout.mesh import Mesh
 
 

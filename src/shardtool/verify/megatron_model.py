@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from shardtool.errors import BUG, ShardtoolError, UsageError
 from shardtool.families.architecture import Architecture, Rope
 from shardtool.families.exactness import inexact
-from shardtool.families.megatron_args import window_flags, yarn_args
+from shardtool.families.megatron_args_out import window_flags, yarn_args
 from shardtool.layout.mesh import Chunk, Mesh, parse_pipeline_layout, virtual_stages
 
 LLAMA3_CONSTANTS = (1.0, 4.0, 8192)  # low_freq_factor, high_freq_factor, original positions: rotary_pos_embedding.py
