@@ -30,7 +30,8 @@ from shardtool.execute.staging import Stage, check_destination, recover, staged,
 from shardtool.families.architecture import Architecture
 from shardtool.layout.layout import Key
 from shardtool.manifest import MANIFEST, ManifestFile, command_line, listed, manifest_bytes, tensor_spans, versions
-from shardtool.plan.plan import Plan, replicas
+from shardtool.plan.copies import Plan
+from shardtool.plan.plan import replicas
 
 if TYPE_CHECKING:
     from shardtool.translate.verdict import Verdict

@@ -53,7 +53,7 @@ NOT_ON_THE_PAGE = {
     ),
     "layout/refine.py": RULES,
     "layout/rules.py": RULES,
-    "plan/plan.py:_refuse": GUARD,
+    "plan/accounting.py:_refuse": GUARD,
     "tiny.py": "for tests and the demo, where a package is not installed",
     "translate/join.py": VERDICT,
     "translate/match.py:_read_back": VERDICT,

@@ -27,7 +27,7 @@ from shardtool.layout.layout import Key, Layout, Piece
 from shardtool.layout.megatron import Spelling, dist_layout, legacy_layout, rank_grid
 from shardtool.layout.mesh import Chunk, Mesh, chunks
 from shardtool.layout.rules import Rule
-from shardtool.plan.plan import Plan
+from shardtool.plan.copies import Plan
 
 Arrays = dict[Key, Any]  # numpy arrays by key
 Box = tuple[tuple[int, ...], tuple[int, ...]]

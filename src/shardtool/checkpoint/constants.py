@@ -14,7 +14,7 @@ from shardtool.execute.numbers import numpy, numpy_dtype
 from shardtool.execute.tiles import Workspace
 from shardtool.formats.stored import Stored
 from shardtool.layout.layout import Key
-from shardtool.plan.plan import Plan
+from shardtool.plan.copies import Plan
 
 STEP = 1 << 18  # elements that are looked at together
 

@@ -12,7 +12,7 @@ from shardtool.execute.numbers import numpy_dtype
 from shardtool.execute.tiles import Workspace
 from shardtool.formats.stored import ITEMSIZE, Payload
 from shardtool.layout.layout import Key
-from shardtool.plan.plan import Plan
+from shardtool.plan.copies import Plan
 
 
 def padding_rows(plan: Plan, source: Opened, work: Sequence[tuple[engine.Task, str, Payload]]) -> dict[Key, bytes]:

@@ -12,7 +12,7 @@ from shardtool.checkpoint.opened import Header, fold
 from shardtool.errors import CheckpointError
 from shardtool.formats.stored import Payload, Skeleton
 from shardtool.layout.layout import Key, Piece
-from shardtool.plan.plan import Plan
+from shardtool.plan.copies import Plan
 
 
 class TargetTensor(NamedTuple):

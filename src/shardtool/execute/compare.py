@@ -15,7 +15,7 @@ from shardtool.execute.stream import Progress
 from shardtool.execute.tiles import Move, Sources, Workspace, clip, fill_tile
 from shardtool.formats.stored import ITEMSIZE, Stored, row_major_strides
 from shardtool.layout.layout import Key
-from shardtool.plan.plan import Plan
+from shardtool.plan.copies import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from shardtool.execute.codecs import Change, Values, change
 from shardtool.execute.tiles import Move, coalesced
 from shardtool.formats.stored import ITEMSIZE, Stored, row_major_strides
 from shardtool.layout.layout import Key, Piece
-from shardtool.plan.plan import Copy, Loop, Plan
+from shardtool.plan.copies import Copy, Loop, Plan
 
 Ids = tuple[int, ...]
 

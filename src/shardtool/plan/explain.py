@@ -13,7 +13,7 @@ from shardtool.layout.codecs import describe
 from shardtool.layout.equation import component_axes
 from shardtool.layout.layout import Layout, Piece
 from shardtool.layout.rules import MTP
-from shardtool.plan.plan import Copy, Plan
+from shardtool.plan.copies import Copy, Plan
 
 PADDING = {"zeros": "zeros", "last": "the last row repeated", "mean": "the mean of the rows"}
 

@@ -6,22 +6,17 @@ expanded only when bytes move. It is pure data, made without looking at any tens
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import product
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from shardtool.errors import BUG, CheckpointError
-from shardtool.layout.codecs import Codec, describe
 from shardtool.layout.equation import Tensor, boxes, component_axes, view
-from shardtool.layout.layout import Key, Layout, Piece
-
-Range = tuple[int, int]
+from shardtool.layout.layout import Layout, Piece
+from shardtool.plan.accounting import check, check_written
+from shardtool.plan.copies import Copy, Loop, Plan, Range, Region
 
 
 class Geometry(NamedTuple):
@@ -39,161 +34,6 @@ class _View(NamedTuple):
     piece: Piece
     geometry: Geometry
     ids: Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Loop:
-    """An axis that is in the name on one side or both: the ids to go through, and what each adds to the addresses."""
-
-    axis: str
-    ids: tuple[int, ...]
-    src_stride: int
-    dst_stride: int
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """A strided copy of `shape` elements, once for every combination of the loops' ids. All numbers count elements.
-
-    A source stride of 0 repeats an element (padding rows that repeat the last).
-    """
-
-    component: int
-    src: Piece
-    dst: Piece
-    axes: tuple[str, ...]
-    shape: tuple[int, ...]
-    src_offset: int
-    src_strides: tuple[int, ...]
-    dst_offset: int
-    dst_strides: tuple[int, ...]
-    loops: tuple[Loop, ...] = ()
-
-    @property
-    def volume(self) -> int:
-        """Elements of one instance."""
-        return prod(self.shape)
-
-    @property
-    def codecs(self) -> tuple[Codec | None, Codec | None]:
-        """How source and target store the component."""
-        return self.src.codec_of(self.component), self.dst.codec_of(self.component)
-
-    @property
-    def changed(self) -> bool:
-        """Whether values are computed: the two store them in different ways."""
-        src, dst = self.codecs
-        return src != dst
-
-    def instances(self) -> Iterator[tuple[tuple[int, ...], Key, int, Key, int]]:
-        """(ids of the target's name axes, source key, source offset, target key, target offset) of every instance."""
-        order = [loop.axis for loop in self.loops]
-        src_at = [order.index(axis.axis) for axis in self.src.names]
-        dst_at = [order.index(axis.axis) for axis in self.dst.names]
-        src_key, dst_key = self.src.keyer(), self.dst.keyer()
-        for ids in product(*(loop.ids for loop in self.loops)):
-            src = self.src_offset + sum(i * loop.src_stride for i, loop in zip(ids, self.loops, strict=True))
-            dst = self.dst_offset + sum(i * loop.dst_stride for i, loop in zip(ids, self.loops, strict=True))
-            dst_ids = tuple(ids[at] for at in dst_at)
-            yield dst_ids, src_key(tuple(ids[at] for at in src_at)), src, dst_key(dst_ids), dst
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """A strided part of a stored tensor that has no counterpart: padding to fill (target) or to cut (source)."""
-
-    component: int
-    piece: Piece
-    shape: tuple[int, ...]
-    offset: int
-    strides: tuple[int, ...]
-    axes: tuple[str, ...]
-
-    @property
-    def volume(self) -> int:
-        """Elements."""
-        return prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What goes where. `fills` are target regions that take the padding value, `cuts` source regions left out."""
-
-    src: Layout
-    dst: Layout
-    copies: tuple[Copy, ...]
-    fills: tuple[Region, ...]
-    cuts: tuple[Region, ...]
-    pad: str = "zeros"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The plan as plain data (JSON), per rule, layers folded."""
-        rules = []
-        by_rule: dict[int, list[Copy]] = defaultdict(list)
-        for copy in self.copies:
-            by_rule[copy.dst.rule].append(copy)
-        for number, rule in enumerate(self.dst.rules):
-            entries = [
-                {
-                    "component": c.component,
-                    "from": [c.src.file, c.src.name, list(c.src.part)],
-                    "to": [c.dst.file, c.dst.name, list(c.dst.part)],
-                    "shape": list(c.shape),
-                    "axes": list(c.axes),
-                    "from_offset": c.src_offset,
-                    "from_strides": list(c.src_strides),
-                    "to_offset": c.dst_offset,
-                    "to_strides": list(c.dst_strides),
-                    "loops": [[loop.axis, list(loop.ids), loop.src_stride, loop.dst_stride] for loop in c.loops],
-                    "replica": c.dst.replica,
-                    **_codecs(c),
-                }
-                for c in by_rule[number]
-            ]
-            rules.append(
-                {"hf": list(rule.hf), "equation": rule.equation.text, "megatron": rule.megatron, "copies": entries}
-            )
-        region = [
-            {"name": r.piece.name, "file": r.piece.file, "shape": list(r.shape), "offset": r.offset} for r in self.fills
-        ]
-        cut = [
-            {"name": r.piece.name, "file": r.piece.file, "shape": list(r.shape), "offset": r.offset} for r in self.cuts
-        ]
-        return {
-            "from": self.src.description,
-            "to": self.dst.description,
-            "sizes": dict(self.dst.sizes),
-            "rules": rules,
-            "pad": self.pad,
-            "fills": region,
-            "cuts": cut,
-            **_constants(self),
-        }
-
-    def digest(self) -> str:
-        """A hash of everything that the plan says."""
-        return self._digest
-
-    @cached_property
-    def _digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
-
-
-def _constants(plan: Plan) -> dict[str, Any]:
-    """The tensors that hold one number, on either side, where there are some."""
-    sides = {"from": plan.src, "to": plan.dst}
-    found = {
-        name: [[p.name, list(layout.shape(p)), p.constant] for p in layout.pieces if p.constant is not None]
-        for name, layout in sides.items()
-    }
-    return {"constants": found} if any(found.values()) else {}
-
-
-def _codecs(copy: Copy) -> dict[str, str]:
-    """How a copy changes values, where it does."""
-    if not copy.changed:
-        return {}
-    return dict(zip(("from_codec", "to_codec"), map(describe, copy.codecs), strict=True))
 
 
 def plan(src: Layout, dst: Layout, *, pad: str = "zeros") -> Plan:
@@ -215,7 +55,7 @@ def plan(src: Layout, dst: Layout, *, pad: str = "zeros") -> Plan:
         fills = tuple(_regions(item for piece in dst.pieces for item in _padding(dst, piece)))
     cuts = tuple(_regions(item for piece in src.pieces for item in _padding(src, piece)))
     made = Plan(src, dst, tuple(copies), fills, cuts, pad)
-    _check(made)
+    check(made)
     return made
 
 
@@ -228,7 +68,7 @@ def replicas(layout: Layout) -> Plan | None:
     sources = _views_by_rule(layout, [piece for piece in layout.pieces if not piece.replica])
     copies = _copies(sources, _views_by_rule(twins, found))
     made = Plan(layout, twins, tuple(copies), tuple(_regions(item for p in found for item in _padding(twins, p))), ())
-    _check_written(made)
+    check_written(made)
     return made
 
 
@@ -429,68 +269,3 @@ def _last_rows(src: Layout, sources: Mapping[int, list[_View]], padded: Mapping[
                 )
                 found[number].append(item._replace(geometry=repeated))
     return found
-
-
-def _check(made: Plan) -> None:
-    _check_written(made)
-    _check_read(made)
-
-
-def _check_written(made: Plan) -> None:
-    """Every element of the target is written once: copies of one piece are disjoint, so it is enough to count."""
-    written: dict[int, list[tuple[tuple[tuple[int, ...], ...], int]]] = defaultdict(list)
-    for copy in made.copies:
-        loops = {loop.axis: loop for loop in copy.loops}
-        free = prod(len(loop.ids) for loop in copy.loops if loop.dst_stride)
-        ids = tuple(loops[name.axis].ids for name in copy.dst.names)
-        written[id(copy.dst)].append((ids, copy.volume * free))
-    for fill in made.fills:
-        written[id(fill.piece)].append((tuple(name.ids for name in fill.piece.names), fill.volume))
-    problems = []
-    for piece in made.dst.pieces:
-        if piece.constant is not None:
-            continue
-        numel = prod(made.dst.shape(piece))
-        parts = written[id(piece)]
-        whole = tuple(name.ids for name in piece.names)
-        if all(ids == whole for ids, _ in parts):
-            totals = {whole: sum(volume for _, volume in parts)}
-        else:
-            totals = {tuple((i,) for i in ids): 0 for ids in piece.ids()}
-            for ids, volume in parts:
-                for one in product(*ids):
-                    totals[tuple((i,) for i in one)] += volume
-        for ids, total in totals.items():
-            if total != numel:
-                key = piece.key(tuple(group[0] for group in ids))
-                problems.append(f"{key[1]} ({key[0] or made.dst.description}): {total} of {numel} elements")
-    _refuse("elements of the target are not written exactly once", problems, made)
-
-
-def _check_read(made: Plan) -> None:
-    """Every logical element of the source's primary pieces is read once by the target's primary pieces."""
-    read: dict[int, int] = defaultdict(int)
-    for copy in made.copies:
-        if not copy.dst.replica and 0 not in copy.src_strides[: len(copy.shape)]:
-            read[id(copy.src)] += copy.volume * prod(len(loop.ids) for loop in copy.loops)
-    dropped: dict[int, int] = defaultdict(int)
-    for cut in made.cuts:
-        dropped[id(cut.piece)] += cut.volume
-    problems = []
-    for piece in made.src.pieces:
-        if piece.replica or piece.constant is not None:
-            continue
-        numel = prod(made.src.shape(piece)) * piece.instances - dropped[id(piece)]
-        if read[id(piece)] != numel:
-            problems.append(
-                f"{piece.name} ({piece.file or made.src.description}): {read[id(piece)]} of {numel} elements"
-            )
-    _refuse("elements of the source are not read exactly once", problems, made)
-
-
-def _refuse(what: str, problems: list[str], made: Plan) -> None:
-    if problems:
-        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise CheckpointError(
-            what, where=f"{made.src.description} -> {made.dst.description}", details=tuple(shown), hint=BUG
-        )

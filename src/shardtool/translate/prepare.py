@@ -26,7 +26,8 @@ from shardtool.layout.codecs import describe
 from shardtool.layout.huggingface import huggingface_layout
 from shardtool.layout.layout import Layout, Piece
 from shardtool.layout.rules import Rule
-from shardtool.plan.plan import Plan, plan
+from shardtool.plan.copies import Plan
+from shardtool.plan.plan import plan
 from shardtool.translate.join import join, scaled_queries
 from shardtool.translate.match import DiffersError, Match, biases, match
 from shardtool.translate.norms import with_biases, without_layer_norms
