@@ -288,7 +288,8 @@ def disks() -> list[str]:
 def report(title: str, outcomes: list[tuple[Case, Outcome]]) -> int:
     """Print what came of the runs; the number of those that went wrong."""
     bad = [(case, outcome) for case, outcome in outcomes if outcome.wrong]
-    print(f"{title}: {len(outcomes)} runs, {len(bad)} went wrong")
+    ended = sum(outcome.code == 0 for _, outcome in outcomes)
+    print(f"{title}: {len(outcomes) - ended} runs disturbed, {ended} had ended before; {len(bad)} went wrong")
     for name in dict.fromkeys(case.name for case, _ in outcomes):
         held = [outcome for case, outcome in outcomes if case.name == name]
         states = ", ".join(f"{state} {count}" for state, count in sorted(Counter(o.state for o in held).items()))
@@ -305,11 +306,15 @@ def report(title: str, outcomes: list[tuple[Case, Outcome]]) -> int:
 
 
 def runs(work: Path, count: int, one: Callable[[Case, Path, random.Random], Outcome], seed: int, made: list[Case]):
-    """`count` runs, the cases in turn."""
-    for number in range(count):
+    """`count` runs that were disturbed, the cases in turn; a run that had ended before is checked, and does not count."""
+    number = disturbed = 0
+    while disturbed < count:
         case = made[number % len(made)]
         with tempfile.TemporaryDirectory(dir=work, prefix="run-") as folder:
-            yield case, one(case, Path(folder, "dst"), random.Random(seed * 1_000_003 + number))
+            outcome = one(case, Path(folder, "dst"), random.Random(seed * 1_000_003 + number))
+        number += 1
+        disturbed += outcome.code != 0
+        yield case, outcome
 
 
 def main() -> int:
