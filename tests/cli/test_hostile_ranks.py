@@ -84,7 +84,7 @@ def test_the_checkpoint_version(
 ) -> None:
     source = copied(megatron("llama"))
     edit_rank(source, lambda content: content.update(checkpoint_version=VERSIONS[case]))
-    found = {"is missing": "none, which", "is a word": "3.0", "is NaN": "nan"}.get(case, str(VERSIONS[case]))
+    found = {"is missing": "none, which", "is a word": "'3.0'", "is NaN": "nan"}.get(case, str(VERSIONS[case]))
     refused(1, "megatron2hf", source, tmp_path / "dst", names=("checkpoint_version", RANK_FILE, f"found: {found}"))
 
 
