@@ -107,6 +107,13 @@ def with_comment(data: bytearray) -> None:
     data.extend(inner.getvalue())
 
 
+def apart(data: bytearray) -> None:
+    """Four bytes between the directory and the end record, which lies where the locator says."""
+    at = len(data) + END64
+    data[at:at] = b"more"
+    put(LOCATOR + 8, "Q", at + 4)(data)
+
+
 def flip(data: bytearray) -> None:
     """One bit of the number of layers in the args."""
     at = data.index(b"num_layers")
@@ -124,6 +131,7 @@ RECORDS: dict[str, tuple[Callable[[bytearray], None], str]] = {
     "a zip64 end that is elsewhere": (put(LOCATOR + 8, "Q", 10), "that is none"),
     "a directory behind its end": (put(END64 + 48, "Q", 2**40), "into the end record"),
     "an archive before it": (behind_another, "is elsewhere"),
+    "bytes before the end record": (apart, "between the directory and the end record"),
     "an archive for a comment": (with_comment, RANK_FILE),
     "a changed bit in the pickle": (flip, "data.pkl with another checksum"),
     "bytes behind its end": (lambda d: d.extend(b"more"), "behind the end"),

@@ -73,6 +73,7 @@ def coincide(metadata: Any) -> None:
 METADATA: dict[str, tuple[Callable[[Any], object], str]] = {
     "a tensor without a name": (lambda m: m.state_dict_metadata.update({5: m.state_dict_metadata[LAST]}), "without a name"),
     "bytes that belong to no tensor": (lambda m: m.state_dict_metadata.pop(LAST) and None, LAST),
+    "a part without a place": (lambda m: m.storage_data.update({place(m, LAST): "x"}), "'x' where a _StorageInfo belongs"),
     "a compressed part": (lambda m: move(m, transform_descriptors=["zstd"]), "compressed"),
     "a tensor that is in no file": (lambda m: m.storage_data.pop(place(m, LAST)) and None, LAST),
     "a place that cannot be": (lambda m: move(m, offset=-1), "offset -1"),

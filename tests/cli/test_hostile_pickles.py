@@ -226,6 +226,7 @@ def test_code_in(
             content = torch.load(path, weights_only=False)
             content["args"].evil = Malicious(canary)
             torch.save(content, path)
-    for arguments in (convert_it, ("inspect", source), ("verify", tiny_model("llama"), source)):
+    judged = ("verify", tiny_model("llama"), source)
+    for arguments in (convert_it, ("inspect", source), judged, (*judged, "--level", "logits")):
         refused(1, *arguments, names=("system", case))
     assert not canary.exists()

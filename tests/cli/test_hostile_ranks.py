@@ -109,6 +109,13 @@ def test_args_with(case: str, megatron: Megatron, copied: Copied, refused: Refus
     refused(1, "megatron2hf", source, tmp_path / "dst", names=("args are damaged", name, RANK_FILE))
 
 
+def test_args_that_choose_more_experts_than_there_are(
+    megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    source = edit_rank(copied(megatron("mixtral")), lambda content: setattr(content["args"], "moe_router_topk", 99))
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=(RANK_FILE, "moe_router_topk", "at most 8"))
+
+
 def test_a_rank_that_is_a_link(megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path) -> None:
     source = copied(megatron("llama"))
     path = source / "release" / "mp_rank_00" / RANK_FILE

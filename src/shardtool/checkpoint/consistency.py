@@ -65,6 +65,9 @@ def check_args(args: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
         value = args.get(name)
         if value is not None and not (type(value) is int and least <= value <= most):
             raise _damaged(where, name, f"an integer from {least} to {most}", value)
+    experts, chosen = args.get("num_experts"), args.get("moe_router_topk")
+    if experts and chosen and chosen > experts:
+        raise _damaged(where, "moe_router_topk", f"at most {experts}, the number of experts", chosen)
     for name in NUMBERS:
         value = args.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value)):

@@ -95,7 +95,7 @@ def _unfused(name: str, item: Stored, tensors: Mapping[str, Stored], tp: int, wh
     if leaf.startswith("layer_norm_"):
         return {f"{layer}input_layernorm.{leaf.removeprefix('layer_norm_')}": item}
     q_up, kv_up = tensors.get(layer + Q_UP), tensors.get(layer + KV_UP)
-    if leaf != "weight" or q_up is None or kv_up is None or len(item.shape) != 2:
+    if leaf != "weight" or q_up is None or kv_up is None or {len(part.shape) for part in (item, q_up, kv_up)} != {2}:
         return {name: item}  # the accounting names it
     ranks = q_up.shape[1], kv_up.shape[1]
     whole = item.shape[0] > sum(ranks)  # as in _down_projections_are_cut

@@ -243,7 +243,9 @@ def _end_records(window: _Window) -> tuple[int, int, int]:
         raise _broken(window.where, f"a directory of {size} bytes for {count} records")
     if position + size > at:
         raise _broken(window.where, "a directory that reaches into the end record")
-    if position + size < at:  # readers differ in where they look for it: two archives one behind the other
+    if (
+        size <= MAX_DIRECTORY and position + size < at
+    ):  # readers differ in where they look for it: two archives one behind the other
         raise _broken(window.where, "bytes between the directory and the end record")
     return position, size, count
 
