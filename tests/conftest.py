@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,10 @@ from shardtool.errors import UsageError
 
 # tiny models: a second thread costs more than it brings, and spins on the core that the oracle's processes need
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# a shell's background jobs have Ctrl-C ignored, and so would all that tests start
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "tiny"
 

@@ -36,8 +36,10 @@ next. Exit code 1 means that the checkpoint is wrong, 2 that the request or the 
 either case, and nothing that a checkpoint holds is ever executed. `--json` gives the same as data. Of what is wrong
 with the tensors everything is told at once, folded over layers.
 
-What no error can tell: a changed bit in a weight of a safetensors file (there is no checksum in it; compare with
-`shardtool verify --checksums` or `diff`), and two `.distcp` files of the same size that were exchanged.
+What no error can tell: a changed bit in a weight (safetensors has no checksums, and those of torch's archives are looked
+at for the pickle alone, since a conversion reads the weights piece by piece), and a shard or `.distcp` file of another
+save of the same model. `shardtool verify --checksums` tells both for what shardtool has written, `diff` where there is
+another copy.
 
 `SRC` is the broken checkpoint, `DST` the directory that was to be made, `MODEL` a good one.
 """
@@ -84,6 +86,7 @@ def heading(node: pytest.Item) -> str:
 def _plain(text: str, tmp_path: Path) -> str:
     text = text.replace(str(tmp_path / "source"), "SRC").replace(str(tmp_path / "dst"), "DST")
     text = text.replace(str(tmp_path), "WORK")
+    text = re.sub(r"/dev/shm/\w+", "SHM", text)
     text = re.sub(r"/\S*?/(tiny|megatron)\d+/([\w-]+)", "MODEL", text)
     text = re.sub(r"last changed at [\d.]+", "last changed at TIME", text)
     text = re.sub(r"process \d+ on \S+", "process PID on HOST", text)

@@ -305,6 +305,9 @@ APART = (
     "training moves embedding and head apart, which are two tensors in Megatron: give --hf a config.json with "
     "tie_word_embeddings false"
 )
+NOT_TIED = (
+    "correct tie_word_embeddings in config.json, or remove the head from the files if the model has none of its own"
+)
 
 
 def _compare_replicas(source: Opened, rank: int = 0, size: int = 1) -> int:
@@ -318,11 +321,15 @@ def _compare_replicas(source: Opened, rank: int = 0, size: int = 1) -> int:
             f"{item.key[1]} in {item.key[0] or source.path}: {item.elements} of {item.total} elements differ"
             for item in differences
         ]
+        on_disk = (source.path / "config.json").is_file()  # Hugging Face: a head beside the embedding that it is
+        hint = APART if any(rule.derived for rule in source.layout.rules) else DIVERGED
         raise CheckpointError(
             "copies of the same weights differ",
             where=str(source.path),
-            expected="bit-identical replicas (norms over tp, tied embeddings over pp)",
+            expected="a head that is bit-identical to the embedding"
+            if on_disk
+            else "bit-identical replicas (norms over tp, tied embeddings over pp)",
             details=tuple(lines[:20]),
-            hint=APART if any(rule.derived for rule in source.layout.rules) else DIVERGED,
+            hint=NOT_TIED if on_disk else hint,
         )
     return compared

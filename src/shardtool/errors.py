@@ -118,6 +118,18 @@ def reason(error: Exception) -> str:
     return (said.splitlines() or [type(error).__name__])[0][:200]
 
 
+_KINDS = {
+    "NoneType": "nothing", "bool": "true or false", "int": "a number", "float": "a number", "str": "a text",
+    "bytes": "bytes", "list": "a list", "tuple": "a list", "dict": "a table", "set": "a set", "TensorRef": "a tensor",
+}  # fmt: skip
+
+
+def a_kind(value: object) -> str:
+    """What a value is, in words: `a list`, `a number`, `nothing`."""
+    name = type(value).__name__
+    return _KINDS.get(name, f"a {name}")
+
+
 def unreadable(where: str, found: str) -> CheckpointError:
     """A file that the system does not give."""
     return CheckpointError(
@@ -159,9 +171,20 @@ def heads_and_groups(heads: object, groups: object, where: str) -> CheckpointErr
     """Grouped query attention that cannot be."""
     return CheckpointError(
         "the attention heads do not divide into the query groups", where=where,
-        expected=f"a number of groups that divides {heads} heads", found=f"{groups} groups",
+        expected=f"a number of groups that divides {heads} heads", found=str(groups),
         hint="correct the one that is wrong: the shape of the key projection tells the number of groups",
     )  # fmt: skip
+
+
+def in_words(error: Exception) -> str:
+    """What is wrong with an entry of a config on which a computation failed."""
+    if isinstance(error, ZeroDivisionError):
+        return "a size of 0, by which another one is divided"
+    if isinstance(error, KeyError):
+        return f"no entry {error}"
+    return (
+        f"an entry of another kind: {reason(error)}" if isinstance(error, TypeError | AttributeError) else reason(error)
+    )
 
 
 def no_model(where: str, expected: str, found: str) -> CheckpointError:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,9 @@ import errors_page
 from commands import Result, command
 from shardtool.cli.main import INTERRUPTED
 
+# what Python reports when something looks up a name for a pickle, or starts a program
+EXECUTES = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen")
+SECONDS, MEMORY = 10, 512 << 10  # of processor time, and KiB more than the process has taken before
 Meanwhile = Callable[[str, int, Callable[[], object]], None]
 
 
@@ -22,16 +28,22 @@ def refused(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Res
     """Run a command that must be refused with an exit code: one error that names `names` and what to do about it.
 
     Nothing is left behind, unless the command may `keep` what it has finished. With `report` the error is part of a
-    report on stdout.
+    report on stdout. For hostile input: it takes neither long nor much memory, and nothing is executed or looked up.
     """
+    hostile = Path(str(request.node.path)).stem.startswith("test_hostile")
 
     def run(
         code: int, *arguments: object, names: tuple[object, ...] = (), keep: bool = False, report: bool = False
     ) -> Result:
         absent = [argument for argument in arguments if isinstance(argument, Path) and not argument.exists()]
         before = sorted(str(path) for path in tmp_path.rglob("*"))
-        with error_sites.watched() as made:
+        began, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with error_sites.watched() as made, _listening() as executed:
             result = command(*arguments, "-q")
+        if hostile:
+            assert executed == []
+            assert time.process_time() - began < SECONDS
+            assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < MEMORY
         error_sites.note(made, result.err + result.out)
         assert result.code == code, f"{result.command}\n{result.out}\n{result.err}"
         said = result.out if report else result.err
@@ -66,10 +78,32 @@ def copied(tmp_path: Path) -> Callable[[Path], Path]:
     return copy
 
 
+_executed: list[list[str]] = []
+
+
+@contextmanager
+def _listening() -> Iterator[list[str]]:
+    """What is executed within it, as the names of Python's audit events."""
+    _add_hook()
+    _executed.append([])
+    try:
+        yield _executed[-1]
+    finally:
+        _executed.clear()
+
+
+def _add_hook() -> None:
+    if not getattr(sys, "_shardtool_tests_listen", False):
+        sys.addaudithook(_opened)  # cannot be taken away again
+        sys._shardtool_tests_listen = True  # type: ignore[attr-defined]
+
+
 _watching: list[tuple[str, list[int], Callable[[], object]]] = []
 
 
 def _opened(event: str, arguments: tuple[object, ...]) -> None:
+    if _executed and event in EXECUTES:
+        _executed[-1].append(event)
     if not _watching or event != "open":
         return
     for entry in list(_watching):
@@ -87,9 +121,7 @@ def meanwhile() -> Iterator[Meanwhile]:
 
     So another process's doing falls into the same moment of every run.
     """
-    if not getattr(sys, "_shardtool_tests_listen", False):
-        sys.addaudithook(_opened)  # cannot be taken away again
-        sys._shardtool_tests_listen = True  # type: ignore[attr-defined]
+    _add_hook()
     yield lambda ending, count, action: _watching.append((ending, [count], action))
     _watching.clear()
 

@@ -141,7 +141,7 @@ def test_a_number_that_no_float_holds(tiny_model: TinyModel, copied: Copied, ref
     text = (source / "config.json").read_text()
     assert '"rms_norm_eps": 1e-05' in text
     (source / "config.json").write_text(text.replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e999'))
-    refused(1, "hf2megatron", source, tmp_path / "dst", names=("config.json: norm_eps", "inf"))
+    refused(1, "hf2megatron", source, tmp_path / "dst", names=("config.json: rms_norm_eps", "inf"))
 
 
 def test_a_broken_config(tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path) -> None:
@@ -291,3 +291,26 @@ def test_far_fewer_tensors_than_the_config_says(
 ) -> None:
     source = edit_config(copied(tiny_model("mixtral")), num_local_experts=90_000, num_hidden_layers=9)
     refused(1, "hf2megatron", source, tmp_path / "dst", names=(source, "far more tensors"))
+
+
+BAICHUAN2 = {
+    "model_type": "baichuan", "architectures": ["BaichuanForCausalLM"], "vocab_size": 128, "hidden_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96, "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "z_loss_weight": 0,
+}  # fmt: skip
+
+
+def test_a_head_whose_rows_are_divided_by_their_norm_and_lie_in_columns(refused: Refused, tmp_path: Path) -> None:
+    source, at = tmp_path / "source", "model.layers.0."
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(BAICHUAN2))
+    shapes = {
+        "model.embed_tokens.weight": (128, 64), "lm_head.weight": (64, 128), "model.norm.weight": (64,),
+        at + "input_layernorm.weight": (64,), at + "post_attention_layernorm.weight": (64,),
+        at + "self_attn.W_pack.weight": (192, 64), at + "self_attn.o_proj.weight": (64, 64),
+        at + "mlp.gate_proj.weight": (96, 64), at + "mlp.up_proj.weight": (96, 64), at + "mlp.down_proj.weight": (64, 96),
+    }  # fmt: skip
+    tensors = {name: torch.ones(shape) for name, shape in shapes.items()}
+    torch.save({**tensors, "lm_head.weight": tensors["lm_head.weight"].T}, source / "pytorch_model.bin")
+    names = (source / "pytorch_model.bin", "not stored row by row")
+    refused(1, "hf2megatron", source, tmp_path / "dst", names=names)

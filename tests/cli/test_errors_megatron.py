@@ -152,13 +152,13 @@ def test_a_model_from_before_megatron_core(
 
 OTHERS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "with another rope base": ({"rope_theta": 500000.0, "rope_parameters": None}, ("rope",)),
-    "with another epsilon": ({"rms_norm_eps": 1e-6}, ("norm_eps: 1e-05 and 1e-06",)),
-    "with another vocabulary": ({"vocab_size": 121}, ("vocab_size: 120 and 121",)),
-    "with fewer layers": ({"num_hidden_layers": 3}, ("num_layers: 4 and 3",)),
-    "with tied embeddings": ({"tie_word_embeddings": True}, ("tied: False and True",)),
+    "with another epsilon": ({"rms_norm_eps": 1e-6}, ("epsilon of the norms: 1e-05 and 1e-06",)),
+    "with another vocabulary": ({"vocab_size": 121}, ("vocabulary: 120 and 121",)),
+    "with fewer layers": ({"num_hidden_layers": 3}, ("layers: 4 and 3",)),
+    "with tied embeddings": ({"tie_word_embeddings": True}, ("tied embeddings: no and yes",)),
     "of another architecture": (
         {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
-        ("qkv_bias: False and True",),
+        ("biases of q, k and v: no and yes",),
     ),
 }
 
@@ -279,3 +279,18 @@ def test_a_layer_that_is_applied_twice_which_no_hugging_face_model_has(
         lambda content: vars(content["args"]).update(mtp_use_repeated_layer=True, mtp_num_layers=2),
     )
     refused(1, "megatron2hf", source, tmp_path / "dst", names=("no Hugging Face architecture is this model",))
+
+
+def test_a_fused_down_projection_that_cannot_be_cut(
+    megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    """The query rank is odd, and two ranks have half of the rows each: no megatron-core has saved it."""
+    at = "decoder.layers.0.self_attention."
+
+    def odd(content: dict[str, Any]) -> None:
+        model = content["model"]
+        model[at + "linear_q_up_proj.weight"] = model[at + "linear_q_up_proj.weight"][:, :-1].clone()
+        model[at + "linear_qkv_down_proj.weight"] = model.pop(at + "linear_q_down_proj.weight")[:1].clone()
+
+    source = edit_rank(copied(megatron("deepseek_v3", "torch", "te", 2, 1)), odd)
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=(at + "linear_qkv_down_proj.weight", "mp_rank_00"))

@@ -99,6 +99,26 @@ def test_the_logits_of_a_torch_dist_checkpoint_without_a_tensor(
     refused(1, "verify", tiny_model("llama"), source, *LOGITS, names=("cannot load",), report=True)
 
 
+NOT_BUILT: dict[str, tuple[str, dict[str, Any], str]] = {
+    "latent attention and neighbouring dims": ("deepseek_v3", {"rotary_interleaved": True}, "on neighbouring dims, yarn"),
+    "latent attention and learned positions": (
+        "deepseek_v3", {"position_embedding_type": "learned_absolute"}, "no rope"
+    ),
+    "groups that do not divide the experts": (
+        "mixtral", {"moe_router_num_groups": 3, "moe_router_group_topk": 2}, "megatron-core refuses this model"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NOT_BUILT)
+def test_the_logits_of_args_with(
+    case: str, tiny_model: TinyModel, megatron: Megatron, copied: Copied, refused: Refused
+) -> None:
+    family, changes, name = NOT_BUILT[case]
+    source = edit_rank(copied(megatron(family)), lambda content: vars(content["args"]).update(changes))
+    refused(2, "verify", tiny_model(family), source, *LOGITS, names=(name,))
+
+
 def test_the_logits_of_a_model_that_megatron_core_computes_differently(
     tiny_model: TinyModel, refused: Refused, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
 from collections.abc import Callable
@@ -19,11 +20,33 @@ def resize(records: Records) -> None:
     records[at] = (records[at][0], records[at][1][:-4])
 
 
+EMBEDDING = "model: embedding.word_embeddings.weight"
+
+
+def put_archive(records: Records, ending: str) -> None:
+    """An archive in the archive."""
+    inner = io.BytesIO()
+    torch.save({"a": torch.ones(4)}, inner)
+    at = next(number for number, (info, _) in enumerate(records) if info.filename.endswith(ending))
+    records[at] = (records[at][0], inner.getvalue())
+
+
+def upwards(records: Records) -> None:
+    """The persistent id of the first storage has a key that leads out of the archive."""
+    at = next(number for number, (info, _) in enumerate(records) if info.filename.endswith("data.pkl"))
+    key = b"X\x01\x00\x00\x000"
+    assert key in records[at][1]
+    records[at] = (records[at][0], records[at][1].replace(key, b"X\x07\x00\x00\x00../../0", 1))
+
+
 ARCHIVES: dict[str, tuple[Callable[[Records], object], str]] = {
     "a record of a wrong size": (resize, "wrong size"),
     "a record that is missing": (lambda r: r.pop(next(n for n, (i, _) in enumerate(r) if "/data/" in i.filename)), "payload"),
     "a record twice": (lambda r: r.append(r[-1]), "twice"),
-    "an archive inside": (lambda r: r.insert(0, (zipfile.ZipInfo("a/b/data.pkl"), b"PK")), "out of place"),
+    "a record of another folder": (lambda r: r.insert(0, (zipfile.ZipInfo("a/b/data.pkl"), b"PK")), "out of place"),
+    "an archive in the place of a tensor": (lambda r: put_archive(r, "/data/0"), EMBEDDING),
+    "an archive in the place of its pickle": (lambda r: put_archive(r, "/data.pkl"), "data.pkl"),
+    "a storage outside of the archive": (upwards, EMBEDDING),
     "a name upwards": (lambda r: r.append((zipfile.ZipInfo("../x"), b"")), "out of place"),
     "no pickle": (lambda r: r.pop(0), "no checkpoint"),
     "a TorchScript model": (lambda r: r.append((zipfile.ZipInfo("model_optim_rng/constants.pkl"), b"x")), "TorchScript"),
@@ -72,6 +95,31 @@ def grow(data: bytearray) -> None:
     entry(b"data/0", 24, "L", size + 100)(data)
 
 
+def behind_another(data: bytearray) -> None:
+    data[:0] = data
+
+
+def with_comment(data: bytearray) -> None:
+    """A comment behind the end record that is an archive itself."""
+    inner = io.BytesIO()
+    torch.save({"a": torch.ones(4)}, inner)
+    put(END + 20, "H", len(inner.getvalue()))(data)
+    data.extend(inner.getvalue())
+
+
+def apart(data: bytearray) -> None:
+    """Four bytes between the directory and the end record, which lies where the locator says."""
+    at = len(data) + END64
+    data[at:at] = b"more"
+    put(LOCATOR + 8, "Q", at + 4)(data)
+
+
+def flip(data: bytearray) -> None:
+    """One bit of the number of layers in the args."""
+    at = data.index(b"num_layers")
+    data[data.index(b"K", at) + 1] ^= 1
+
+
 RECORDS: dict[str, tuple[Callable[[bytearray], None], str]] = {
     "a record behind its end": (entry(b"data/0", 42, "L", 2**31), "beyond the end"),
     "records that overlap": (grow, "overlap"),
@@ -82,6 +130,10 @@ RECORDS: dict[str, tuple[Callable[[bytearray], None], str]] = {
     "a zip64 end on other disks": (put(END64 + 16, "L", 7), "several files"),
     "a zip64 end that is elsewhere": (put(LOCATOR + 8, "Q", 10), "that is none"),
     "a directory behind its end": (put(END64 + 48, "Q", 2**40), "into the end record"),
+    "an archive before it": (behind_another, "is elsewhere"),
+    "bytes before the end record": (apart, "between the directory and the end record"),
+    "an archive for a comment": (with_comment, RANK_FILE),
+    "a changed bit in the pickle": (flip, "data.pkl with another checksum"),
     "bytes behind its end": (lambda d: d.extend(b"more"), "behind the end"),
     "nothing in it": (lambda d: d.clear(), "no torch.save archive"),
 }  # fmt: skip

@@ -73,6 +73,7 @@ def coincide(metadata: Any) -> None:
 METADATA: dict[str, tuple[Callable[[Any], object], str]] = {
     "a tensor without a name": (lambda m: m.state_dict_metadata.update({5: m.state_dict_metadata[LAST]}), "without a name"),
     "bytes that belong to no tensor": (lambda m: m.state_dict_metadata.pop(LAST) and None, LAST),
+    "a part without a place": (lambda m: m.storage_data.update({place(m, LAST): "x"}), "'x' where a _StorageInfo belongs"),
     "a compressed part": (lambda m: move(m, transform_descriptors=["zstd"]), "compressed"),
     "a tensor that is in no file": (lambda m: m.storage_data.pop(place(m, LAST)) and None, LAST),
     "a place that cannot be": (lambda m: move(m, offset=-1), "offset -1"),
@@ -96,7 +97,48 @@ def test_metadata_with(case: str, megatron: Megatron, copied: Copied, refused: R
     metadata = pickle.loads(path.read_bytes())
     change(metadata)
     path.write_bytes(pickle.dumps(metadata))
-    refused(1, "megatron2hf", source, tmp_path / "dst", names=(source / "release", name))
+    tensor = {"a tensor without a name": "", "the places of two tensors exchanged": OTHER}.get(case, LAST)
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=(source / "release", name, tensor))
+
+
+PLACES: dict[str, tuple[object, str]] = {
+    "an absolute path": ("/etc/passwd", "outside of its directory"),
+    "a path upwards": ("../__0_0.distcp", "outside of its directory"),
+    "a file that is not there": ("__9_0.distcp", "is missing"),
+    "a link out of the directory": ("__8_0.distcp", "leads out of the checkpoint"),
+    "a name that differs in case": ("__0_0.DISTCP", "upper and lower case"),
+    "a number for a file": (7, "outside of its directory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_metadata_that_places_a_tensor_in(
+    case: str, megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    source = copied(megatron("llama", "torch_dist"))
+    file, said = PLACES[case]
+    path = source / "release" / ".metadata"
+    (tmp_path / "elsewhere").write_bytes((source / "release" / "__0_0.distcp").read_bytes())
+    (source / "release" / "__8_0.distcp").symlink_to(tmp_path / "elsewhere")
+    (source / "release" / "__0_0.DISTCP").write_bytes((tmp_path / "elsewhere").read_bytes())
+    metadata = pickle.loads(path.read_bytes())
+    move(metadata, relative_path=file)
+    path.write_bytes(pickle.dumps(metadata))
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=(source / "release", LAST, said))
+
+
+def test_an_embedding_without_a_shape(megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path) -> None:
+    source = copied(megatron("llama", "torch_dist"))
+    path = source / "release" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    entry = metadata.state_dict_metadata["embedding.word_embeddings.weight"]
+    (chunk,) = entry.chunks
+    entry.size = chunk.sizes = torch.Size([])
+    chunk.offsets = torch.Size([])
+    index = place(metadata, "embedding.word_embeddings.weight")
+    metadata.storage_data[replace(index, offset=torch.Size([]))] = metadata.storage_data.pop(index)
+    path.write_bytes(pickle.dumps(metadata))
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=(path, "embedding.word_embeddings.weight"))
 
 
 def test_a_list_in_the_place_of_a_tensor(megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path) -> None:
@@ -108,7 +150,7 @@ def test_a_list_in_the_place_of_a_tensor(megatron: Megatron, copied: Copied, ref
     move(metadata, offset=file.stat().st_size, length=len(buffer.getvalue()))
     file.write_bytes(file.read_bytes() + buffer.getvalue())
     (source / "release" / ".metadata").write_bytes(pickle.dumps(metadata))
-    refused(1, "megatron2hf", source, tmp_path / "dst", names=(file, "holds no tensor"))
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=(file, LAST, "holds no tensor"))
 
 
 COMMON: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -148,7 +190,7 @@ def test_tensors_that_are(case: str, megatron: Megatron, copied: Copied, refused
     for old, new in names.items():
         rename(metadata, old, new)
     path.write_bytes(pickle.dumps(metadata))
-    refused(1, "megatron2hf", source, tmp_path / "dst", names=(said,))
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=(path, said))
 
 
 def test_a_checkpoint_without_an_embedding(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import os
 import pickle
 from collections.abc import Callable
@@ -85,9 +86,13 @@ PICKLES: dict[str, tuple[Callable[[Records], object], str]] = {
     "an object without a class": (call("copyreg", "_reconstructor", b"N"), "without a class"),
     "a storage without a type": (before_stop(stored(b"N")), "an unknown storage"),
     "a storage with a long key": (before_stop(stored(FLOATS, "0" * 41)), "an unknown storage"),
-    "two results": (pickled(lambda data: data[:-1] + b"N."), "stops in the middle"),
+    "two results": (pickled(lambda data: data[:-1] + b"N."), "before its value is complete"),
     "a word that is cut off": (before_stop(b"X\xff\xff\x00\x00"), "cut off"),
-    "no end": (pickled(lambda data: data[:-1]), "IndexError"),
+    "no end": (pickled(lambda data: data[:-1]), "cut off"),
+    "a value that was not kept": (before_stop(b"j\xff\xff\xff\x7f"), "has not kept"),
+    "a buffer from outside": (before_stop(b"\x97"), "0x97"),
+    "another protocol inside": (before_stop(b"\x80\x00N"), "protocol"),
+    "a text number": (before_stop(b"I1\n"), "0x49"),
     "an unknown protocol": (pickled(lambda data: b"\x80\x09" + data[2:]), "protocol"),
     "an item of no dict": (before_stop(b"NNNs"), "no dict"),
     "an item of no list": (before_stop(b"NNa"), "no list"),
@@ -119,6 +124,73 @@ def test_args_that_are_nested_a_hundred_times(
         nest = [nest]
     source = edit_rank(copied(megatron("llama")), lambda content: setattr(content["args"], "nest", nest))
     refused(1, "megatron2hf", source, tmp_path / "dst", names=(RANK_FILE, "nested"))
+
+
+def shell(canary: Path) -> bytes:
+    return word(f"touch {canary}")
+
+
+SYSTEM, NAMESPACE = b"cos\nsystem\n", b"cargparse\nNamespace\n)\x81"
+
+
+def method(attribute: str, then: bytes) -> Callable[[Path], bytes]:
+    """An object whose own `attribute` is os.system, which an opcode then calls."""
+    return lambda canary: NAMESPACE + b"}" + word(attribute) + SYSTEM + b"sb" + then.replace(b"TEXT", shell(canary))
+
+
+# How a pickle can import or call: what runs a command in Python's own unpickler, and what is said of it here
+CODE: dict[str, tuple[Callable[[Path], bytes], str]] = {
+    "GLOBAL and REDUCE": (lambda c: SYSTEM + shell(c) + b"\x85R", "os.system"),
+    "STACK_GLOBAL and REDUCE": (lambda c: word("os") + word("system") + b"\x93" + shell(c) + b"\x85R", "os.system"),
+    "a name of several parts": (
+        lambda c: word("shutil") + word("os.system") + b"\x93" + shell(c) + b"\x85R", "shutil.os.system"
+    ),
+    "INST": (lambda c: b"(" + shell(c) + b"ios\nsystem\n", "0x69"),
+    "OBJ": (lambda c: b"(" + SYSTEM + shell(c) + b"o", "os.system"),
+    "NEWOBJ": (lambda c: b"csubprocess\nPopen\n" + b"(" + word("touch") + word(str(c)) + b"l\x85\x81", "subprocess.Popen"),
+    "NEWOBJ_EX": (lambda c: b"csubprocess\nPopen\n" + b"(" + word("touch") + word(str(c)) + b"l\x85}\x92", "Popen"),
+    "EXT1": (lambda c: b"\x82\xf0" + shell(c) + b"\x85R", "0x82"),
+    "EXT2": (lambda c: b"\x83\xf0\x00" + shell(c) + b"\x85R", "0x83"),
+    "EXT4": (lambda c: b"\x84\xf0\x00\x00\x00" + shell(c) + b"\x85R", "0x84"),
+    "BUILD": (method("__setstate__", b"TEXTb"), "os.system"),
+    "APPEND": (method("append", b"TEXTa"), "os.system"),
+    "APPENDS": (method("extend", b"(TEXTe"), "os.system"),
+    "ADDITEMS": (method("add", b"(TEXT\x90"), "os.system"),
+    "PERSID": (lambda _: b"Pos.system\n", "0x50"),
+    "BINPERSID": (lambda _: word("os.system") + b"Q", "persistent id"),
+}  # fmt: skip
+NOT_RUN_BY_PYTHON = (
+    "NEWOBJ",
+    "NEWOBJ_EX",
+    "APPENDS",
+    "PERSID",
+    "BINPERSID",
+)  # they need a class, a list, a reader's help
+
+
+@pytest.mark.parametrize("case", CODE)
+def test_code_in_metadata_and_common_pt_with(
+    case: str, megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    """Before a file that is in order otherwise."""
+    canary = tmp_path / "executed"
+    code, said = CODE[case][0](canary), CODE[case][1]
+    if case not in NOT_RUN_BY_PYTHON:
+        copyreg.add_extension("os", "system", 0xF0)
+        pickle.loads(b"\x80\x04" + code + b".")
+        copyreg.remove_extension("os", "system", 0xF0)
+        assert canary.exists(), "this code does nothing, so the test shows nothing"
+        canary.unlink()
+    source = copied(megatron("llama", "torch_dist"))
+    paths = [source / "release" / name for name in ("common.pt", ".metadata")]
+    good = [path.read_bytes() for path in paths]
+    paths[1].write_bytes(b"\x80\x04" + code + b"0" + good[1])
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=(paths[1], said))
+    paths[1].write_bytes(good[1])
+    repack(paths[0], pickled(lambda data: b"\x80\x04" + code + b"0" + data))
+    for arguments in (("megatron2hf", source, tmp_path / "dst"), ("inspect", source)):
+        refused(1, *arguments, names=(paths[0], said))
+    assert not canary.exists()
 
 
 class Malicious:
@@ -154,6 +226,7 @@ def test_code_in(
             content = torch.load(path, weights_only=False)
             content["args"].evil = Malicious(canary)
             torch.save(content, path)
-    for arguments in (convert_it, ("inspect", source), ("verify", tiny_model("llama"), source)):
+    judged = ("verify", tiny_model("llama"), source)
+    for arguments in (convert_it, ("inspect", source), judged, (*judged, "--level", "logits")):
         refused(1, *arguments, names=("system", case))
     assert not canary.exists()

@@ -66,6 +66,15 @@ def test_another_iteration_than_the_directory(
         shutil.rmtree(source)
 
 
+def test_a_rank_with_a_weight_of_another_dtype(
+    megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    source = copied(megatron("llama", "torch", "te", 2, 1))
+    name = "decoder.layers.1.self_attention.linear_proj.weight"
+    edit_rank(source, lambda content: content["model"].update({name: content["model"][name].bfloat16()}), "mp_rank_01")
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=(name, f"mp_rank_01/{RANK_FILE}", "bfloat16"))
+
+
 VERSIONS = {"is missing": None, "is 0": 0, "is 1.0": 1.0, "is NaN": float("nan"), "is a word": "3.0"}
 
 
@@ -75,7 +84,8 @@ def test_the_checkpoint_version(
 ) -> None:
     source = copied(megatron("llama"))
     edit_rank(source, lambda content: content.update(checkpoint_version=VERSIONS[case]))
-    refused(1, "megatron2hf", source, tmp_path / "dst", names=("checkpoint_version", RANK_FILE))
+    found = {"is missing": "none, which", "is a word": "'3.0'", "is NaN": "nan"}.get(case, str(VERSIONS[case]))
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=("checkpoint_version", RANK_FILE, f"found: {found}"))
 
 
 DAMAGED: dict[str, tuple[str, Any]] = {
@@ -97,6 +107,13 @@ def test_args_with(case: str, megatron: Megatron, copied: Copied, refused: Refus
     source = copied(megatron("llama"))
     edit_rank(source, lambda content: vars(content["args"]).update({name: value}))
     refused(1, "megatron2hf", source, tmp_path / "dst", names=("args are damaged", name, RANK_FILE))
+
+
+def test_args_that_choose_more_experts_than_there_are(
+    megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path
+) -> None:
+    source = edit_rank(copied(megatron("mixtral")), lambda content: setattr(content["args"], "moe_router_topk", 99))
+    refused(1, "megatron2hf", source, tmp_path / "dst", names=(RANK_FILE, "moe_router_topk", "at most 8"))
 
 
 def test_a_rank_that_is_a_link(megatron: Megatron, copied: Copied, refused: Refused, tmp_path: Path) -> None:

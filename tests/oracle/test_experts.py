@@ -476,7 +476,12 @@ def test_args_that_are_not_those_of_the_tensors(tmp_path: Path) -> None:
     saved = DATA / "0.19.2-te" / "moemla" / "torch"
     result = done("reshard", saved, tmp_path / "out", "--json", *DIST.options, "--tp", 2)
     (note,) = result.json["notes"]
-    for word in ("mla", "moe.layers: (0, 1, 2, 3) and (1, 2, 3)", "moe.expert_bias", "moe.shared_ffn_size: 0 and 40"):
+    for word in (
+        "mla",
+        "moe, layers: (0, 1, 2, 3) and (1, 2, 3)",
+        "moe, expert bias",
+        "moe, shared ffn size: 0 and 40",
+    ):
         assert word in note
     args = read_megatron(tmp_path / "out").args
     assert (args["q_lora_rank"], args["kv_lora_rank"], args["moe_layer_freq"]) == (24, 16, [0, 1, 1, 1])
@@ -484,7 +489,7 @@ def test_args_that_are_not_those_of_the_tensors(tmp_path: Path) -> None:
     assert "mscale" not in args  # no tensor shows it
     refused = command("megatron2hf", saved, tmp_path / "hf")
     assert refused.code == 1
-    assert "moe.shared_ffn_size: 0 and 40" in refused.err
+    assert "moe, shared ffn size: 0 and 40" in refused.err
 
 
 # --- planted faults --------------------------------------------------------------------------------------------------

@@ -48,10 +48,12 @@ def companions(source: Path, config: bytes = b"{}") -> Companions:
     """
     there = [name for name in COMPANIONS if (source / name).is_file()]
     files = {name: plain_file(source, name, str(source)).read_bytes() for name in there}
-    named = list(_named(json.loads(config), str(source)))
+    named = [(name, source / "config.json") for name in _named(json.loads(config), str(source / "config.json"))]
     if TOKENIZER_CONFIG in files:
         where = source / TOKENIZER_CONFIG
-        named += _named(strict_json(read_small(where, CONFIG_BYTES), str(where)), str(where))
+        named += [
+            (name, where) for name in _named(strict_json(read_small(where, CONFIG_BYTES), str(where)), str(where))
+        ]
     code, notes = _code(source, named)
     vocabularies = {name for data in code.values() for name in _vocabularies(data) if name not in files}
     for name in sorted(vocabularies):
@@ -80,11 +82,13 @@ def _named(config: Mapping[str, Any], where: str) -> Iterator[str]:
                 yield one
 
 
-def _code(source: Path, named: list[str]) -> tuple[dict[str, bytes], list[str]]:
-    """The modules that are named and what they import from beside them, and notes on what is not there."""
+def _code(source: Path, named: list[tuple[str, Path]]) -> tuple[dict[str, bytes], list[str]]:
+    """The modules that are named, each with the file that names it, and what they import from beside them; and notes on
+    what is not there.
+    """
     wanted: list[str] = []
     notes: dict[str, None] = {}
-    for name in named:
+    for name, where in named:
         if "--" in name:
             notes[f"{name} is code of another repository, which the result refers to as the source does"] = None
         elif match := MODULE.fullmatch(name):
@@ -92,7 +96,7 @@ def _code(source: Path, named: list[str]) -> tuple[dict[str, bytes], list[str]]:
         else:
             raise CheckpointError(
                 "auto_map names no module beside it",
-                where=str(source),
+                where=str(where),
                 expected="module.Class",
                 found=repr(name)[:80],
                 hint="mend auto_map, or take it out with the code that it names",

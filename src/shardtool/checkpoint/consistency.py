@@ -64,7 +64,10 @@ def check_args(args: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
         least, most = int(name in SIZES), MOST if name in LISTED else LARGEST
         value = args.get(name)
         if value is not None and not (type(value) is int and least <= value <= most):
-            raise _damaged(where, name, "a positive integer" if least else "an integer", value)
+            raise _damaged(where, name, f"an integer from {least} to {most}", value)
+    experts, chosen = args.get("num_experts"), args.get("moe_router_topk")
+    if experts and chosen and chosen > experts:
+        raise _damaged(where, "moe_router_topk", f"at most {experts}, the number of experts", chosen)
     for name in NUMBERS:
         value = args.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value)):
@@ -107,12 +110,15 @@ def _frequency(value: object) -> bool:
     return isinstance(value, list | tuple) and len(value) <= MOST and all(item in (0, 1) for item in value)
 
 
-def check_architecture(a: Architecture, where: str) -> None:
-    """Every size is a positive integer, and no other entry is of a kind that none can have. Raises CheckpointError."""
+def check_architecture(a: Architecture, where: str, keys: Mapping[str, str]) -> None:
+    """Every size is a positive integer, and no other entry is of a kind that none can have. Raises CheckpointError.
+
+    `keys` are the names that config.json has for the fields.
+    """
     for name in ("num_layers", "hidden_size", "num_heads", "num_query_groups", "head_dim", "vocab_size"):
         value = getattr(a, name)
         if not (type(value) is int and 1 <= value <= LARGEST):
-            raise no_model(f"{where}: {name}", "a positive integer", brief(value))
+            raise no_model(f"{where}: {keys.get(name, name)}", "a positive integer", brief(value))
     for part in (a, a.rope, a.rope.scaling if a.rope else None, a.moe, a.mla):
         for item in fields(part) if part is not None else ():
             value = getattr(part, item.name)
@@ -122,7 +128,7 @@ def check_architecture(a: Architecture, where: str) -> None:
                 isinstance(entry, int | float) and _finite(entry) for entry in value
             )
             if not good:
-                raise no_model(f"{where}: {item.name}", "a number", brief(value))
+                raise no_model(f"{where}: {keys.get(item.name, item.name)}", "a number", brief(value))
 
 
 def check_save(save: Iteration, iteration: object, version: object, where: str) -> None:
@@ -179,15 +185,17 @@ def _differing(
     found = [("iteration", str(first.iteration), str(file.iteration))] if file.iteration != first.iteration else []
     if file.checkpoint_version != first.checkpoint_version:
         found.append(("checkpoint_version", str(first.checkpoint_version), str(file.checkpoint_version)))
-    found += [
-        (name, brief(args.get(name)), brief(theirs.get(name))) for name in RUN if theirs.get(name) != args.get(name)
-    ]
+    found += [(name, _value(args, name), _value(theirs, name)) for name in RUN if theirs.get(name) != args.get(name)]
     if found or theirs is args or from_args(theirs) == model:
         return found
     names = sorted(
         name for name in args.keys() | theirs.keys() if args.get(name) != theirs.get(name) and name != "rank"
     )
-    return [(name, brief(args.get(name)), brief(theirs.get(name))) for name in names]
+    return [(name, _value(args, name), _value(theirs, name)) for name in names]
+
+
+def _value(args: Mapping[str, Any], name: str) -> str:
+    return "not given" if args.get(name) is None else brief(args[name])
 
 
 def _check_places(ranks: Ranks, args: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from shardtool.checkpoint.consistency import check_architecture
 from shardtool.checkpoint.opened import Header, Opened, account
 from shardtool.checkpoint.quantised import dequantised
 from shardtool.checkpoint.target import Target, TargetTensor
-from shardtool.errors import UsageError, located, no_model
+from shardtool.errors import UsageError, in_words, located, no_model
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import axis_sizes
 from shardtool.families.family import Family
@@ -105,12 +105,14 @@ def understood(read: Callable[[], Read], path: Path) -> Read:
             return read()
     except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise no_model(
-            str(path / CONFIG), "entries of the kinds that transformers writes", f"{type(error).__name__}: {error}"
+            str(path / CONFIG if path.is_dir() else path),
+            "entries of the kinds that transformers writes",
+            in_words(error),
         ) from error
 
 
 def _describe(path: Path, config: Mapping[str, Any], family: Family, architecture: Architecture) -> Described:
-    check_architecture(architecture, str(path / CONFIG))
+    check_architecture(architecture, str(path / CONFIG), {item.name: item.key for item in family.table})
     stored = dequantised(_stored(path, family), config, str(path))
     mtp = family.mtp_prefix.format(n=architecture.num_layers)
     if architecture.mtp_layers and not any(name.startswith(mtp) for name in stored):

@@ -83,7 +83,7 @@ class Megatron:
         """
         a = self.architecture if vocab_size is None else replace(self.architecture, vocab_size=vocab_size)
         if a.vocab_size > self.padded_vocab:
-            raise too_few_rows(str(self.save.directory), a.vocab_size, self.padded_vocab)
+            raise too_few_rows(f"{self.save.directory}: {EMBEDDING}", a.vocab_size, self.padded_vocab)
         rules = rules or standard(a)
         self._check_global_shapes(rules, a)
         layout = self.layout(rules, axis_sizes(a))
@@ -232,14 +232,16 @@ def _read_dist(path: Path, save: Iteration) -> Megatron:
     metadata = torch_dist.read_metadata(save.directory)
     common = torch_dist.read_common(save.directory, metadata)
     common_args = common.get("args")
-    args = check_args(common_args if isinstance(common_args, dict) else None, str(save.directory))
-    check_save(save, common.get("iteration"), common.get("checkpoint_version"), str(save.directory))
+    file = save.directory / torch_dist.COMMON_FILE
+    where = str(file if file.exists() else save.directory / torch_dist.METADATA)
+    args = check_args(common_args if isinstance(common_args, dict) else None, where)
+    check_save(save, common.get("iteration"), common.get("checkpoint_version"), where)
     headers: dict[Key, Header] = {}
     refs: dict[Key, torch_dist.ChunkRef] = {}
     names = {full: full.removeprefix(metadata.prefix) for full in metadata.tensors}
     other = [name for name in names.values() if NOT_MODEL.fullmatch(name)]
     model = {name: metadata.tensors[full] for full, name in names.items() if not NOT_MODEL.fullmatch(name)}
-    tensors = global_tensors(model)
+    tensors = global_tensors(model, str(save.directory / torch_dist.METADATA))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     by_layer = per_layer_keys(tensors)
     for name, tensor in tensors.items():
@@ -249,13 +251,14 @@ def _read_dist(path: Path, save: Iteration) -> Megatron:
             single = all(size == 1 for size in part.sizes[:leading])
             headers[key] = Header(part.sizes[leading:] if single else part.sizes, part.chunk.dtype)
             refs[key] = part.chunk
-    if EMBEDDING not in shapes:
+    if len(shapes.get(EMBEDDING, ())) != 2:
         raise no_embedding(str(save.directory / torch_dist.METADATA))
     objects = [name for name in metadata.objects if "_extra_state" in name]
     others = sorted({name.split("/")[0] for name in metadata.objects if "_extra_state" not in name})
     groups = sorted({name.split(".")[0] for name in other} | {name for name in others if name != "common_state"})
     iteration = common.get("iteration") if save.iteration is None else save.iteration
-    architecture = from_args(args)
+    with located("args", f"{where}: args"):
+        architecture = from_args(args)
     padded = shapes[EMBEDDING][0]
     return Megatron(
         path, replace(save, iteration=None if save.release else iteration), "torch_dist", args,

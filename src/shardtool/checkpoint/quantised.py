@@ -13,6 +13,7 @@ from typing import Any
 
 from shardtool.errors import GET_AGAIN, CheckpointError
 from shardtool.execute.codecs import MICRO_BLOCK
+from shardtool.formats.inert import brief
 from shardtool.formats.stored import BlockScaled, MicroScaled, Stored
 
 FP8 = "float8_e4m3fn"
@@ -63,7 +64,7 @@ def _block_scaled(
     if not (isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)):
         raise CheckpointError(
             "config.json does not say which block of an FP8 tensor a scale is for", where=place,
-            expected="quantization_config.weight_block_size, two sizes", found=repr(block),
+            expected="quantization_config.weight_block_size, two sizes", found=brief(block) if block else "none",
             hint="take config.json again from where the model comes from",
         )  # fmt: skip
     if len(item.shape) != 2 or scale.dtype not in ("float32", "bfloat16"):

@@ -95,7 +95,7 @@ def _unfused(name: str, item: Stored, tensors: Mapping[str, Stored], tp: int, wh
     if leaf.startswith("layer_norm_"):
         return {f"{layer}input_layernorm.{leaf.removeprefix('layer_norm_')}": item}
     q_up, kv_up = tensors.get(layer + Q_UP), tensors.get(layer + KV_UP)
-    if leaf != "weight" or q_up is None or kv_up is None or len(item.shape) != 2:
+    if leaf != "weight" or q_up is None or kv_up is None or {len(part.shape) for part in (item, q_up, kv_up)} != {2}:
         return {name: item}  # the accounting names it
     ranks = q_up.shape[1], kv_up.shape[1]
     whole = item.shape[0] > sum(ranks)  # as in _down_projections_are_cut
@@ -137,7 +137,7 @@ class Whole:
     parts: tuple[Part, ...]
 
 
-def global_tensors(tensors: Mapping[str, GlobalTensor]) -> dict[str, Whole]:
+def global_tensors(tensors: Mapping[str, GlobalTensor], where: str) -> dict[str, Whole]:
     """The tensors of a torch_dist checkpoint under the keys that rules have.
 
     Saved with singleton_local_shards, gate and up have keys of their own (`weight_w`, `weight_v`) and every expert has
@@ -153,20 +153,20 @@ def global_tensors(tensors: Mapping[str, GlobalTensor]) -> dict[str, Whole]:
             continue
         one = Whole(tensor.shape, tuple(Part(chunk.offsets, chunk.sizes, chunk) for chunk in tensor.chunks))
         if paired:
-            one = _side_by_side(name, one, tensors[base + "_v"])
+            one = _side_by_side(where, name, one, tensors[base + "_v"])
         key = base if paired else name
         if match := ONE_EXPERT.fullmatch(key):
             experts[match[1] + match[3]][int(match[2])] = one
         else:
             found[key] = one
-    return found | {name: _stacked(name, held) for name, held in experts.items()}
+    return found | {name: _stacked(where, name, held) for name, held in experts.items()}
 
 
-def _side_by_side(name: str, gate: Whole, up: GlobalTensor) -> Whole:
+def _side_by_side(where: str, name: str, gate: Whole, up: GlobalTensor) -> Whole:
     """Gate rows, then up rows. The keys of such a save are per layer, so the rows are the first dim."""
     if gate.shape != up.shape or not gate.shape:
         raise CheckpointError(
-            "the halves of a gated linear differ in shape", where=name, expected=str(list(gate.shape)),
+            "the halves of a gated linear differ in shape", where=f"{where}: {name}", expected=str(list(gate.shape)),
             found=str(list(up.shape)),
             hint=GET_AGAIN,
         )  # fmt: skip
@@ -175,13 +175,13 @@ def _side_by_side(name: str, gate: Whole, up: GlobalTensor) -> Whole:
     return Whole((2 * rows, *gate.shape[1:]), (*gate.parts, *moved))
 
 
-def _stacked(name: str, experts: Mapping[int, Whole]) -> Whole:
+def _stacked(where: str, name: str, experts: Mapping[int, Whole]) -> Whole:
     """Experts under keys of their own as one tensor with a leading dim of experts."""
     shapes = {tensor.shape for tensor in experts.values()}
     if set(experts) != set(range(len(experts))) or len(shapes) > 1:
         raise CheckpointError(
-            "the experts do not make one tensor", where=name, expected=f"experts 0 to {max(experts)}, of one shape",
-            found=f"experts {', '.join(map(str, sorted(experts)[:8]))}, of {len(shapes)} shapes",
+            "the experts do not make one tensor", where=f"{where}: {name}", expected=f"experts 0 to {max(experts)}, of one shape",
+            found=f"experts {', '.join(map(str, sorted(experts)[:8]))}, of {len(shapes)} shape{'s' * (len(shapes) > 1)}",
             hint="copy all files of the save again",
         )  # fmt: skip
     parts = (

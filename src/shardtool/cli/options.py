@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from shardtool.cli.console import SETTINGS
-from shardtool.errors import UsageError, reason
+from shardtool.errors import UsageError, a_kind, reason
 from shardtool.layout.mesh import Mesh
 
 LAYOUT, OUTPUT, COMMON = "Parallel layout", "Output", "Common"
@@ -76,7 +76,9 @@ def _recipe(ctx: typer.Context, file: Path | None) -> Path | None:
             "the recipe cannot be read",
             where=str(file),
             found=reason(error),
-            hint="write it as TOML: option names without the dashes, and values",
+            hint="give the path of a recipe that is there and yours to read"
+            if isinstance(error, OSError)
+            else "write it as TOML: option names without the dashes, and values",
         ) from error
     values = {name.replace("-", "_"): value for name, value in recipe.items()}
     if tables := sorted(name for name, value in values.items() if isinstance(value, dict | list)):
@@ -84,7 +86,7 @@ def _recipe(ctx: typer.Context, file: Path | None) -> Path | None:
             "a recipe's entry is no option's value",
             where=f"{file}: --{tables[0].replace('_', '-')}",
             expected="a number, a text, true or false",
-            found=repr(values[tables[0]])[:80],
+            found=a_kind(values[tables[0]]),
             hint="write the option's name, =, and its value on one line",
         )
     known = {str(parameter.name) for parameter in ctx.command.params if parameter.name}

@@ -44,7 +44,7 @@ class NotFinite:
     total: int
 
     def __str__(self) -> str:
-        kinds = ((self.nan, "NaN"), (self.inf, "Inf"), (self.beyond, "too large for the dtype that is written"))
+        kinds = ((self.nan, "NaN"), (self.inf, "Inf"), (self.beyond, "beyond the range of the dtype"))
         found = (
             ", ".join(f"{count} {kind}" for count, kind in kinds if count)
             or "NaN or Inf in what is computed for it, out"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
 
-from shardtool.errors import UsageError
+from shardtool.errors import UsageError, reason
 from shardtool.execute.lower import Task, moves, runs
 from shardtool.formats.stored import BLOCK, ITEMSIZE, Stored
 from shardtool.layout.layout import Key
@@ -63,6 +63,6 @@ def clone(source: int, offset: int, size: int, target: int, at: int, where: str)
             "blocks cannot be shared with the source",
             where=where,
             expected="source and target on one file system that shares blocks, such as XFS or Btrfs",
-            found=str(error),
+            found=reason(error),
             hint="leave out --reflink",
         ) from error

@@ -200,7 +200,10 @@ def staged(dst: Path, key: str, *, subdirectory: str = "", durable: bool = True,
         directory.parent.mkdir(parents=True, exist_ok=True)
         lock = _Lock(directory, say)
     except OSError as error:
-        raise UsageError("the target cannot be made", where=str(dst), found=reason(error), hint=AGAIN) from error
+        raise UsageError(
+            "the target cannot be made", where=str(dst), found=reason(error),
+            hint="choose a DST below a directory that is there and yours to write to",
+        ) from error  # fmt: skip
     with lock:
         stage = None
         try:

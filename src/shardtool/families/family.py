@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from shardtool.errors import ShardtoolError, UsageError, heads_and_groups, no_model
+from shardtool.errors import ShardtoolError, UsageError, heads_and_groups, in_words, no_model
 from shardtool.families.architecture import Architecture
 from shardtool.families.dialects import Dialect, as_stored, check_dialect, in_dialect
 from shardtool.layout.rules import Rule
@@ -106,12 +106,14 @@ class Family:
             except KeyError as error:
                 raise cannot_be_converted(self.model_type, f"{item.key} {value!r:.80} is not known") from error
             except (TypeError, ValueError) as error:
-                raise no_model(f"config.json: {item.key}", "a value that is known", repr(value)[:80]) from error
+                raise no_model(
+                    f"config.json: {item.key}", f"a value such as {item.default!r}", repr(value)[:80]
+                ) from error
         values.update(self.fixed)
         try:
             values.update(self.derived(config, values))
         except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
-            raise no_model("config.json", "sizes that fit each other", f"{type(error).__name__}: {error}") from error
+            raise no_model("config.json", "sizes that fit each other", in_words(error)) from error
         heads, groups = values["num_heads"], values["num_query_groups"]
         if type(groups) is not int or groups < 1 or heads % groups:
             raise heads_and_groups(heads, repr(groups)[:80], "config.json: num_key_value_heads")
@@ -149,6 +151,27 @@ class Family:
         return describe_differences(replace(a, family=self.model_type), back, TRAINING_ONLY)
 
 
+WORDS = {
+    "num_layers": "layers", "num_heads": "attention heads", "num_query_groups": "query groups", "ffn_size": "size of the MLP",
+    "norm": "kind of norm", "norm_eps": "epsilon of the norms", "gated": "gated MLP", "tied": "tied embeddings",
+    "qkv_bias": "biases of q, k and v", "out_bias": "bias of the output projection", "linear_bias": "biases of all linears",
+    "vocab_size": "vocabulary", "max_positions": "positions", "qk_norm": "norms of queries and keys",
+    "qk_norm_whole": "norms of queries and keys over all heads at once",
+}  # fmt: skip
+
+
+def field_words(name: str) -> str:
+    """A field of an Architecture as people call it."""
+    return WORDS.get(name, name.replace("_", " "))
+
+
+def value_words(value: object) -> str:
+    """A value of such a field."""
+    if value is None:
+        return "none"
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+
+
 def describe_differences(a: Architecture, b: Architecture, ignore: frozenset[str] = frozenset()) -> list[str]:
     """One line per field in which two architectures differ.
 
@@ -165,11 +188,16 @@ def describe_differences(a: Architecture, b: Architecture, ignore: frozenset[str
     for name in (item.name for item in fields(Architecture) if item.name not in ignore):
         left, right = ours[name], theirs[name]
         if isinstance(left, dict) and isinstance(right, dict):
-            lines += [f"{name}.{key}: {left[key]} and {right[key]}" for key in left if left[key] != right[key]]
+            lines += [
+                f"{field_words(name)}, {field_words(key)}: {value_words(left[key])} and {value_words(right[key])}"
+                for key in left
+                if left[key] != right[key]
+            ]
         elif isinstance(left, dict) or isinstance(right, dict):
-            lines.append(f"{name}: {'none' if left is None else 'given'} and {'none' if right is None else 'given'}")
+            given = ["none" if value is None else "given" for value in (left, right)]
+            lines.append(f"{field_words(name)}: {given[0]} and {given[1]}")
         elif left != right:
-            lines.append(f"{name}: {left} and {right}")
+            lines.append(f"{field_words(name)}: {value_words(left)} and {value_words(right)}")
     return lines
 
 

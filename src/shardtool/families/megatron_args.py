@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, Literal
 
 from shardtool.errors import CheckpointError
@@ -296,7 +297,8 @@ def _folded(args: Args) -> Folded | None:
         raise CheckpointError(
             "the checkpoint's args are damaged",
             where=f"args: {FOLDED}",
-            found=f"{found!r}: {error}",
+            expected=", ".join(item.name for item in fields(Folded)),
+            found=repr(found)[:80],
             hint=ARGS_WRONG,
         ) from error
 

@@ -130,7 +130,8 @@ def infer_family(a: Architecture, named: str | None = None) -> Family:
         try:
             family.write_config(replace(a, family=name), "float32")
         except (ShardtoolError, KeyError, AssertionError) as error:
-            reasons.append(f"{name}: {'; '.join(getattr(error, 'details', ())) or error}")
+            said = f"it has no word for {error}" if isinstance(error, KeyError) else str(error)
+            reasons.append(f"{name}: {'; '.join(getattr(error, 'details', ())) or said}")
         else:
             return family
     raise UsageError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shardtool.errors import CheckpointError
+from shardtool.errors import CheckpointError, a_kind
 from shardtool.formats import torch_zip
 from shardtool.formats.hf_index import read_shards
 from shardtool.formats.inert import TensorRef
@@ -32,7 +32,7 @@ def read_file(path: str | Path) -> dict[str, Stored]:
         raise CheckpointError(
             "the file holds no state dict",
             where=str(path),
-            found=type(root).__name__,
+            found=a_kind(root),
             hint="save model.state_dict() with torch.save",
         )
     tensors: dict[str, Stored] = {}
@@ -41,7 +41,7 @@ def read_file(path: str | Path) -> dict[str, Stored]:
             raise CheckpointError(
                 "the state dict holds something that is no tensor",
                 where=f"{path}: {name}",
-                found=type(value).__name__,
+                found=a_kind(value),
                 hint="save model.state_dict() with torch.save, and nothing beside it",
             )
         tensors[name] = torch_zip.stored_tensor(file, value, name)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from shardtool.errors import GET_AGAIN, CheckpointError, reason
+from shardtool.errors import GET_AGAIN, CheckpointError, a_kind, reason
 from shardtool.formats.small_files import INDEX_BYTES, kind_of, no_plain_file, read_small
 from shardtool.formats.stored import Stored
 
@@ -49,48 +49,55 @@ def strict_json(data: bytes, where: str) -> dict[str, object]:
             "the JSON text is no object",
             where=where,
             expected="{...}",
-            found=f"a {type(value).__name__}",
+            found=a_kind(value),
             hint=GET_AGAIN,
         )
     return value
 
 
 def _told(error: Exception) -> str:
-    """What Python's JSON reader says, without the word for its own limits."""
-    return "lists or objects nested too deep" if isinstance(error, RecursionError) else reason(error)
+    """What Python's JSON reader says, without the words for its own limits."""
+    if isinstance(error, RecursionError):
+        return "lists or objects nested too deep"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    return "a number of thousands of digits" if "integer string conversion" in str(error) else reason(error)
 
 
-def plain_file(directory: Path, name: object, where: str) -> Path:
+def plain_file(directory: Path, name: object, where: str, tensor: str = "") -> Path:
     """The file `name` of a directory, if it is a plain name of a file that is there and belongs to it.
 
-    A link may lead elsewhere in the directory, or from snapshots/REVISION to blobs/ of the same hub cache.
+    `where` is the file that names it, `tensor` the one of its tensors that errors name. A link may lead elsewhere in the
+    directory, or from snapshots/REVISION to blobs/ of the same hub cache.
     Raises CheckpointError.
     """
     if not isinstance(name, str) or not name or name in (".", "..") or any(mark in name for mark in "/\\\0"):
         raise CheckpointError(
-            "a name leads to a file outside of its directory", where=where, expected="a plain file name",
-            found=repr(name)[:100], hint="do not use this checkpoint: an honest index has no such entry",
+            "a name leads to a file outside of its directory", where=f"{where}: {tensor}" if tensor else where,
+            expected="a plain file name", found=repr(name)[:100],
+            hint="do not use this checkpoint: an honest index has no such entry",
         )  # fmt: skip
-    return inside(directory, directory / name)
+    return inside(directory, directory / name, tensor)
 
 
-def inside(directory: Path, path: Path) -> Path:
+def inside(directory: Path, path: Path, tensor: str = "") -> Path:
     """`path`, if it is a file that belongs to the directory: see plain_file. Raises CheckpointError."""
+    where = f"{path}: {tensor}" if tensor else str(path)
     try:
         target, home = path.resolve(strict=True), directory.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            "a file of the checkpoint is missing", where=str(path), found=reason(error),
+            "a file of the checkpoint is missing", where=where, found=reason(error),
             hint="download or copy the file, or the checkpoint, again",
         ) from None  # fmt: skip
     cached = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
     if not (target.is_relative_to(home) or cached):
         raise CheckpointError(
-            "a link leads out of the checkpoint", where=str(path), expected=f"a file in {home}", found=str(target),
+            "a link leads out of the checkpoint", where=where, expected=f"a file in {home}", found=str(target),
             hint="copy the file to its place instead of the link, if you trust where it leads",
         )  # fmt: skip
     if not target.is_file():
-        raise no_plain_file(str(path), kind_of(target.stat().st_mode))
+        raise no_plain_file(where, kind_of(target.stat().st_mode))
     return path
 
 
@@ -99,7 +106,7 @@ def read_index(path: Path) -> dict[str, str]:
     where = str(path)
     index = strict_json(read_small(path, INDEX_BYTES), where)
     weights = index.get("weight_map")
-    if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
+    if not isinstance(weights, dict):
         raise CheckpointError(
             "the index has no weight_map of file names",
             where=where,
@@ -107,18 +114,28 @@ def read_index(path: Path) -> dict[str, str]:
             found=", ".join(map(str, index))[:100] or "nothing",
             hint=GET_AGAIN,
         )
-    no_twins(weights.values(), where)
+    for tensor, file in weights.items():
+        if not isinstance(file, str):
+            raise CheckpointError(
+                "the index names no file for a tensor", where=f"{where}: {tensor}", expected="a file name",
+                found=a_kind(file), hint=GET_AGAIN,
+            )  # fmt: skip
+    no_twins(((file, tensor) for tensor, file in weights.items()), where)
     return weights
 
 
-def no_twins(names: Iterable[str], where: str) -> None:
-    """CheckpointError where two file names differ in the case of letters only: on some systems they are one file."""
+def no_twins(names: Iterable[tuple[str, str]], where: str) -> None:
+    """CheckpointError where two file names, each with a tensor of its file, differ in the case of letters only.
+
+    On some systems they are one file.
+    """
     folded: dict[str, str] = {}
-    for name in names:
+    for name, tensor in names:
         other = folded.setdefault(name.casefold(), name)
         if other != name:
             raise CheckpointError(
-                "two file names differ in upper and lower case only", where=where, found=f"{other} and {name}",
+                "two file names differ in upper and lower case only", where=f"{where}: {tensor}",
+                found=f"{other} and {name}",
                 hint="they are one file on macOS and Windows: rename one of them, and its entries here",
             )  # fmt: skip
 
@@ -145,7 +162,7 @@ def read_shards(
     places: dict[str, set[str]] = {}
     for tensor, name in weights.items():
         places.setdefault(name, set()).add(tensor)
-    paths = {name: plain_file(directory, name, where) for name in places}  # before any of them is read
+    paths = {name: plain_file(directory, name, where, min(places[name])) for name in places}  # before any is read
     for name, wanted in places.items():
         found = read_file(paths[name])
         _agree(wanted, found, weights, f"{directory / name}", where)

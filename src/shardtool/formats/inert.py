@@ -11,7 +11,7 @@ from math import prod
 from pathlib import PurePosixPath
 from typing import Any
 
-from shardtool.errors import GET_AGAIN, CheckpointError
+from shardtool.errors import GET_AGAIN, CheckpointError, a_kind
 from shardtool.formats.stored import ITEMSIZE
 
 
@@ -162,7 +162,7 @@ def call(function: object, args: tuple[object, ...], spend: Spend) -> object:
     if isinstance(function, Global):
         known = CALLS.get(str(function))
         return known(args, spend) if known else Inert(function, args)
-    raise ValueError(f"{type(function).__name__} is called")
+    raise ValueError(f"{a_kind(function)} is called")
 
 
 def key_cost(value: object, held: int) -> int:
@@ -196,7 +196,9 @@ def brief(value: object) -> str:
         return repr(value[:80] if isinstance(value, str | bytes | bytearray) else value)[:80]
     if isinstance(value, tuple | list) and len(value) <= 8 and all(isinstance(item, int | str) for item in value):
         return repr(value)[:80]
-    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, Sized) else f"a {type(value).__name__}"
+    if isinstance(value, Sized):
+        return f"{a_kind(value)} with {len(value)} entr{'y' if len(value) == 1 else 'ies'}"
+    return a_kind(value)
 
 
 def plain(value: object, where: str = "", *, _depth: int = 0, _budget: list[int] | None = None) -> Any:

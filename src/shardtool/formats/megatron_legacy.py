@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardtool.errors import GET_AGAIN, CheckpointError
+from shardtool.errors import GET_AGAIN, CheckpointError, a_kind
 from shardtool.formats import torch_zip, torch_zip_out
 from shardtool.formats.hf_index import inside
 from shardtool.formats.inert import DType, Inert, TensorRef, plain
@@ -62,7 +62,7 @@ class RankFile:
     args: dict[str, Any] | None
     chunks: list[dict[str, Stored]]
     iteration: int | None
-    checkpoint_version: float | None
+    checkpoint_version: float | str | None  # a word is wrong, and errors show it
     ignored: list[str]
     other_keys: list[str]
 
@@ -121,9 +121,7 @@ def read_rank(path: str | Path) -> RankFile:
     file = torch_zip.read(path)
     root = file.root
     if not isinstance(root, dict):
-        raise CheckpointError(
-            "the file is no Megatron checkpoint", where=str(path), found=type(root).__name__, hint=GET_AGAIN
-        )
+        raise CheckpointError("the file is no Megatron checkpoint", where=str(path), found=a_kind(root), hint=GET_AGAIN)
     keys = _chunk_keys(root, str(path))
     chunks: list[dict[str, Stored]] = []
     ignored: list[str] = []
@@ -139,10 +137,14 @@ def read_rank(path: str | Path) -> RankFile:
         args=args if isinstance(args, dict) else None,
         chunks=chunks,
         iteration=iteration if isinstance(iteration, int) else None,
-        checkpoint_version=float(version) if isinstance(version, int | float) else None,
+        checkpoint_version=float(version) if isinstance(version, int | float) else _word(version),
         ignored=ignored,
         other_keys=[str(key) for key in root if key not in keys],
     )
+
+
+def _word(value: object) -> str | None:
+    return None if value is None else str(value) if isinstance(value, str) else a_kind(value)
 
 
 def _chunk_keys(root: dict[object, object], path: str) -> list[str]:
@@ -170,7 +172,7 @@ def _chunk(file: torch_zip.TorchFile, key: str, model: object) -> tuple[dict[str
         raise CheckpointError(
             "the file holds no state dict",
             where=where,
-            found=type(model).__name__,
+            found=a_kind(model),
             hint="save model.state_dict() with torch.save",
         )
     tensors: dict[str, Stored] = {}
@@ -181,7 +183,7 @@ def _chunk(file: torch_zip.TorchFile, key: str, model: object) -> tuple[dict[str
         elif isinstance(value, TensorRef):
             tensors[str(name)] = torch_zip.stored_tensor(file, value, f"{key}: {name}")
         else:
-            kind = str(value.kind) if isinstance(value, Inert) else type(value).__name__
+            kind = str(value.kind) if isinstance(value, Inert) else a_kind(value)
             raise CheckpointError(
                 "an entry of the model is no plain tensor", where=f"{where}: {name}", found=kind,
                 hint="save the model with high-precision weights (without --fp8-param-gather)",

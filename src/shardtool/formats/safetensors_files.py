@@ -174,6 +174,8 @@ def _span(name: str, entry: object, where: str) -> tuple[int, int, tuple[int, ..
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         raise _damaged(where, f"shape {str(shape)[:60]}, data_offsets {str(offsets)[:60]}")
     size = prod(shape) * ITEMSIZE[dtype]
+    if offsets[0] > offsets[1]:
+        raise _damaged(where, f"data_offsets {offsets}, which end before they begin")
     if offsets[1] - offsets[0] != size:
         raise CheckpointError(
             "a tensor's bytes do not fit its shape", hint=GET_AGAIN, where=where, expected=f"{size} bytes for {shape} {dtype}",
@@ -195,10 +197,12 @@ def _check_cover(spans: Sequence[tuple[int, int, str]], before_payload: int, fil
             raise CheckpointError(
                 "two tensors overlap", where=f"{where}: {name}", found=f"bytes that belong to {before}", hint=GET_AGAIN
             )
+        if start > size:
+            raise _damaged(f"{where}: {name}", f"data_offsets {[start, end]} in a payload of {size} bytes")
         if start > at:
-            raise _unowned(where, f"{start - at} bytes before {name}")
+            raise _unowned(f"{where}: {name}", f"{start - at} bytes before it")
         if end > size:
             raise cut_off(f"{where}: {name}", before_payload + end, before_payload + size)
         at, before = end, name
     if at != size:
-        raise _unowned(where, f"{size - at} bytes at the end")
+        raise _unowned(f"{where}: {before}" if before else where, f"{size - at} bytes at the end, behind it")

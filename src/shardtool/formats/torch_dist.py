@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from shardtool.errors import GET_AGAIN, CheckpointError, cut_off, reason, unreadable
+from shardtool.errors import GET_AGAIN, CheckpointError, a_kind, cut_off, reason, unreadable
 from shardtool.formats import torch_zip
 from shardtool.formats.hf_index import no_twins, plain_file, strict_json
 from shardtool.formats.inert import DType, Inert, TensorRef, brief, plain
@@ -27,6 +27,7 @@ from shardtool.formats.unpickle import loads
 METADATA = ".metadata"
 COMMON_FILE = "common.pt"
 COMMON_OBJECT = "common_state/shard_0_1"
+WRONG = (AttributeError, TypeError, ValueError, KeyError, IndexError, OverflowError)  # what a damaged .metadata causes
 
 # (sizes, dtype, blob length) -> everything around the payload of the first such blob: pickle, names, headers, directory
 _KNOWN: dict[tuple[tuple[int, ...], str, int], tuple[bytes, bytes]] = {}
@@ -53,6 +54,7 @@ class ChunkRef:
     sizes: tuple[int, ...]
     dtype: str
     blob: Extent
+    name: str = field(default="", compare=False)  # of its tensor, for errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +92,24 @@ def read_metadata(directory: str | Path) -> TorchDist:
     root = loads(read_small(plain_file(directory, METADATA, str(directory)), METADATA_BYTES), str(path))
     try:
         tensors, objects = _entries(directory, _state(root, "Metadata"), str(path))
-    except (AttributeError, TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
-        raise CheckpointError(
-            "the checkpoint's .metadata is not what torch writes", where=str(path), found=reason(error), hint=GET_AGAIN
-        ) from None
-    extents = [chunk.blob for tensor in tensors.values() for chunk in tensor.chunks]
-    _check_extents([*extents, *objects.values()])
+    except WRONG as error:
+        raise _not_torchs(str(path), error) from None
+    extents = [(chunk.blob, name) for name, tensor in tensors.items() for chunk in tensor.chunks]
+    _check_extents([*extents, *((blob, name) for name, blob in objects.items())])
     mcore_data = plain(_state(root, "Metadata").get("mcore_data") or {}, str(path))
     return TorchDist(str(directory), tensors, objects, model_prefix(tensors), mcore_data)
+
+
+def _not_torchs(where: str, error: Exception) -> CheckpointError:
+    """Something in .metadata that torch does not write."""
+    found = reason(error)
+    if isinstance(error, KeyError):
+        found = f"no entry {error}"
+    elif isinstance(error, AttributeError | TypeError):
+        found = "a value of another kind than torch's"
+    return CheckpointError(
+        "the checkpoint's .metadata is not what torch writes", where=where, found=found, hint=GET_AGAIN
+    )
 
 
 def check_backend(directory: Path) -> None:
@@ -188,7 +200,7 @@ def read_common(directory: str | Path, metadata: TorchDist | None = None) -> dic
             "the common state is no dict",
             where=where,
             expected="a dict with args",
-            found=f"a {type(common).__name__}",
+            found=a_kind(common),
             hint=GET_AGAIN,
         )
     return common
@@ -218,11 +230,13 @@ def _entries(
     for name, entry in state["state_dict_metadata"].items():
         if not isinstance(name, str):
             raise ValueError("an entry without a name")
-        if entry.kind.name == "BytesStorageMetadata":
-            objects[name] = _blob(blobs, name, None, where)
-            continue
-        fields = _state(entry, "TensorStorageMetadata")
-        tensors[name] = _global_tensor(name, fields, blobs, where)
+        try:
+            if entry.kind.name == "BytesStorageMetadata":
+                objects[name] = _blob(blobs, name, None, where)
+            else:
+                tensors[name] = _global_tensor(name, _state(entry, "TensorStorageMetadata"), blobs, where)
+        except WRONG as error:
+            raise _not_torchs(f"{where}: {name}", error) from None
     if blobs:
         (name, offsets), _ = next(iter(blobs.items()))
         raise CheckpointError(
@@ -238,24 +252,30 @@ def _blobs(directory: Path, storage: Mapping[Any, Any], where: str) -> dict[tupl
     """The blob of every (name, chunk offsets or None)."""
     files: dict[str, tuple[str, int]] = {}
     blobs: dict[tuple[str, tuple[int, ...] | None], Extent] = {}
+    first: dict[str, str] = {}  # a tensor of each file, for errors
     for index, info in storage.items():
-        place = _state(info, "_StorageInfo")
-        name, offset, length = place["relative_path"], place["offset"], place["length"]
+        key = _state(index, "MetadataIndex")
+        fqn = key["fqn"]
+        try:
+            place = _state(info, "_StorageInfo")
+            name, offset, length = place["relative_path"], place["offset"], place["length"]
+            at = key.get("offset")
+            at = at if at is None else _ints(at)
+        except WRONG as error:
+            raise _not_torchs(f"{where}: {fqn}", error) from None
         if place.get("transform_descriptors"):
             raise CheckpointError(
-                "the checkpoint is compressed", where=where, found=brief(place["transform_descriptors"]),
+                "the checkpoint is compressed", where=f"{where}: {fqn}", found=brief(place["transform_descriptors"]),
                 hint="save it without transforms (dist_checkpointing writes none by default)",
             )  # fmt: skip
         if name not in files:
-            path = plain_file(directory, name, where)
-            files[name] = (str(path), path.stat().st_size)
+            path = plain_file(directory, name, where, str(fqn))
+            files[name], first[name] = (str(path), path.stat().st_size), str(fqn)
         path_name, size = files[name]
         if type(offset) is not int or type(length) is not int or offset < 0 or length < 0 or offset + length > size:
-            raise _beyond(path_name, offset, length, size)
-        key = _state(index, "MetadataIndex")
-        at = key.get("offset")
-        blobs[key["fqn"], at if at is None else _ints(at)] = Extent(path_name, offset, length)
-    no_twins(files, where)
+            raise _beyond(f"{path_name}: {fqn}", offset, length, size)
+        blobs[fqn, at] = Extent(path_name, offset, length)
+    no_twins(first.items(), where)
     return blobs
 
 
@@ -301,7 +321,7 @@ def _global_tensor(
     for chunk in fields["chunks"]:
         state = _state(chunk, "ChunkStorageMetadata")
         offsets, sizes = _ints(state["offsets"]), _ints(state["sizes"])
-        chunks.append(ChunkRef(offsets, sizes, dtype, _blob(blobs, name, offsets, where)))
+        chunks.append(ChunkRef(offsets, sizes, dtype, _blob(blobs, name, offsets, where), name))
     fault = tiling_fault(shape, [(chunk.offsets, chunk.sizes) for chunk in chunks])
     if fault:
         raise CheckpointError(
@@ -323,13 +343,14 @@ def _dtype(properties: object) -> str:
     return value.name
 
 
-def _check_extents(extents: Sequence[Extent]) -> None:
-    ordered = sorted((extent.file, extent.offset, extent.length) for extent in extents)
-    for (file, offset, length), (other, following, _) in pairwise(ordered):
+def _check_extents(extents: Sequence[tuple[Extent, str]]) -> None:
+    ordered = sorted((extent.file, extent.offset, extent.length, name) for extent, name in extents)
+    for (file, offset, length, name), (other, following, _, behind) in pairwise(ordered):
         if file == other and offset + length > following:
             raise CheckpointError(
-                "two parts of the checkpoint overlap", where=file, found=f"both have byte {following}", hint=GET_AGAIN
-            )
+                "two parts of the checkpoint overlap", where=f"{file}: {behind}",
+                found=f"byte {following}, which belongs to {name}", hint=GET_AGAIN,
+            )  # fmt: skip
 
 
 # --- blobs -----------------------------------------------------------------------------------------------------------
@@ -337,8 +358,8 @@ def _check_extents(extents: Sequence[Extent]) -> None:
 
 def _parse_chunk(chunk: ChunkRef) -> Stored:
     blob = chunk.blob
-    file = torch_zip.read(blob.file, blob.offset, blob.length)
-    where = f"{blob.file}, archive at byte {blob.offset}"
+    file = torch_zip.read(blob.file, blob.offset, blob.length, chunk.name)
+    where = torch_zip.place(blob.file, blob.offset, chunk.name)
     tensor = file.root
     if not isinstance(tensor, TensorRef):
         raise CheckpointError(
@@ -354,7 +375,7 @@ def _parse_chunk(chunk: ChunkRef) -> Stored:
             found=f"{tensor.dtype} {list(tensor.shape)}",
             hint="the files are not of one save, or one of them is damaged: copy them again",
         )  # fmt: skip
-    return torch_zip.stored_tensor(file, tensor)
+    return torch_zip.stored_tensor(file, tensor, chunk.name)
 
 
 def _pread(file: str, offset: int, size: int) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,20 +79,29 @@ def _broken(where: str, found: str) -> CheckpointError:
     )
 
 
-def read(path: str | Path, offset: int = 0, length: int | None = None) -> TorchFile:
+def place(path: str | Path, offset: int, name: str = "") -> str:
+    """Where an archive lies, for errors; `name` is the tensor that it holds, where it is one."""
+    return f"{path}{f', archive at byte {offset}' if offset else ''}{f': {name}' if name else ''}"
+
+
+def read(path: str | Path, offset: int = 0, length: int | None = None, name: str = "") -> TorchFile:
     """Reads the directory and the pickle of the torch.save archive at bytes [offset, offset + length) of a file.
 
-    No payload is read. Raises CheckpointError for a file that is no such archive, is cut off, compressed, big-endian,
-    has overlapping records, or pickles something that a checkpoint has no use for.
+    No payload is read; `name` is the tensor that the archive holds, for errors. Raises CheckpointError for a file that is
+    no such archive, is cut off, compressed, big-endian, has overlapping records, a pickle that was changed since it was
+    written, or pickles something that a checkpoint has no use for.
     """
-    where = str(path) if offset == 0 else f"{path}, archive at byte {offset}"
+    where = place(path, offset, name)
     with _open(path, offset, length, where) as window:
         _check_magic(window)
-        directory, entries = _directory(window)
+        directory, entries, checksum = _directory(window)
         records = _locate(window, entries, directory)
         _check_records(window, records)
         start, size = records["data.pkl"]
-        root = loads(window.read(start, size), f"{where}: data.pkl", storages=True)
+        pickled = window.read(start, size)
+        if checksum and zlib.crc32(pickled) != checksum:  # 0: torch.serialization.set_crc32_options(False)
+            raise _broken(window.where, "data.pkl with another checksum than the archive lists for it")
+        root = loads(pickled, f"{where}: data.pkl", storages=True)
         absolute = {name: (offset + start, size) for name, (start, size) in records.items()}
     return TorchFile(str(path), root, absolute)
 
@@ -166,11 +176,13 @@ def _check_magic(window: _Window) -> None:
     )
 
 
-def _directory(window: _Window) -> tuple[int, list[tuple[str, int, int]]]:
-    """The position of the central directory, and (name, position of the local header, size) of every record in it."""
+def _directory(window: _Window) -> tuple[int, list[tuple[str, int, int]], int]:
+    """The position of the central directory, (name, position of the local header, size) of every record in it, and the
+    checksum of data.pkl (0: none).
+    """
     position, size, count = _end_records(window)
     if size > MAX_DIRECTORY:
-        raise _broken(window.where, f"a directory of {size} bytes")
+        raise _broken(window.where, f"a directory of {size} bytes, where {MAX_DIRECTORY} are the most")
     data = window.read(position, size)
     if b"/constants.pkl" in data:  # its code is compressed, so this comes before the check for that
         raise CheckpointError(
@@ -178,7 +190,7 @@ def _directory(window: _Window) -> tuple[int, list[tuple[str, int, int]]]:
             hint="save model.state_dict() with torch.save instead of the scripted model",
         )  # fmt: skip
     entries: list[tuple[str, int, int]] = []
-    at = 0
+    at = checksum = 0
     for _ in range(count):
         if at + _CENTRAL.size > len(data):
             raise _broken(window.where, "a directory that ends in the middle")
@@ -189,12 +201,14 @@ def _directory(window: _Window) -> tuple[int, list[tuple[str, int, int]]]:
         name = data[at + _CENTRAL.size : name_end].decode("utf-8", "replace")
         plain, compressed, local = _zip64(data[name_end:extra_end], plain, compressed, header[16])
         if magic != b"PK\x01\x02" or flags & 1 or method != 0 or plain != compressed:
-            raise _broken(window.where, f"{name[:80] or 'a record'} that is compressed, encrypted or no record")
+            raise _broken(window.where, f"{name[:80] or 'a record'} is compressed, encrypted or no record")
         if header[13] or header[15] & _DIRECTORY_ATTRIBUTE:
-            raise _broken(window.where, f"{name[:80]} that is a folder, or in another file of the archive")
+            raise _broken(window.where, f"{name[:80]} is a folder, or in another file of the archive")
         entries.append((name, local, plain))
+        if name.partition("/")[2] == "data.pkl":
+            checksum = header[7]
         at = extra_end + header[12]
-    return position, entries
+    return position, entries, checksum
 
 
 def _end_records(window: _Window) -> tuple[int, int, int]:
@@ -222,11 +236,17 @@ def _end_records(window: _Window) -> tuple[int, int, int]:
             raise _broken(window.where, "a zip64 end record that is none")
         if fields[4] or fields[5] or fields[6] != fields[7]:
             raise _broken(window.where, "an archive of several files")
-        count, size, position = fields[7], fields[8], fields[9]
+        if at64 + _EOCD64.size != before:
+            raise _broken(window.where, "a zip64 end record that is elsewhere")
+        count, size, position, at = fields[7], fields[8], fields[9], at64
     if count * _CENTRAL.size > size:
         raise _broken(window.where, f"a directory of {size} bytes for {count} records")
     if position + size > at:
         raise _broken(window.where, "a directory that reaches into the end record")
+    if (
+        size <= MAX_DIRECTORY and position + size < at
+    ):  # readers differ in where they look for it: two archives one behind the other
+        raise _broken(window.where, "bytes between the directory and the end record")
     return position, size, count
 
 
@@ -274,7 +294,7 @@ def _check_records(window: _Window, records: dict[str, tuple[int, int]]) -> None
             found=", ".join(sorted(records)[:5]) or "no record", hint=GET_AGAIN,
         )  # fmt: skip
     if records["data.pkl"][1] > MAX_PICKLE:
-        raise _broken(window.where, f"a pickle of {records['data.pkl'][1]} bytes")
+        raise _broken(window.where, f"a pickle of {records['data.pkl'][1]} bytes, where {MAX_PICKLE} are the most")
     order = records.get("byteorder")
     if order is not None and (order[1] != 6 or window.read(*order) != b"little"):
         raise CheckpointError(

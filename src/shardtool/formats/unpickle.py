@@ -53,6 +53,12 @@ def loads(data: bytes, where: str, *, storages: bool = False) -> object:
 
 def _told(error: Exception) -> str:
     """What is wrong, in this module's own words or Python's."""
+    if isinstance(error, IndexError | struct.error):
+        return "the pickle is cut off, or takes values that it has not made"
+    if isinstance(error, KeyError):
+        return "it refers to a value that it has not kept"
+    if isinstance(error, UnicodeDecodeError):
+        return "a text that is not UTF-8"
     return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
 
 
@@ -77,7 +83,7 @@ def _run(machine: _Machine) -> object:
         machine.pos += 1
         if code == _STOP:
             if machine.marks or len(machine.stack) != 1:
-                raise ValueError("the pickle stops in the middle")
+                raise ValueError("the pickle stops before its value is complete")
             return machine.stack[0]
         operation = table.get(code)
         if operation is None:

@@ -154,13 +154,22 @@ def _from_layout_string(mesh: Mesh, num_layers: int, mtp_layers: int) -> tuple[C
     text = mesh.pipeline_layout or ""
     stages = parse_pipeline_layout(text)
 
+    stages_here = "1 stage" if mesh.pp == 1 else f"{mesh.pp} stages"
+
     def refuse(what: str, expected: str, found: str) -> UsageError:
-        hint = f"change the layout, which is for {mesh.pp} pipeline stages and {num_layers} layers here"
+        hint = f"change the layout: the pipeline has {stages_here}, the model {num_layers} layers"
         return UsageError(what, where=f"--pipeline-layout {text!r}", expected=expected, found=found, hint=hint)
 
     uneven = mesh.first_stage_layers is not None or mesh.last_stage_layers is not None
     if uneven or mesh.account_for_embedding or mesh.account_for_loss:
-        raise refuse("a pipeline layout says all about the split", "no other pipeline split option", "one of them")
+        given = (
+            ("--first-stage-layers", mesh.first_stage_layers is not None),
+            ("--last-stage-layers", mesh.last_stage_layers is not None),
+            ("--account-for-embedding", mesh.account_for_embedding),
+            ("--account-for-loss", mesh.account_for_loss),
+        )
+        found = ", ".join(name for name, there in given if there)
+        raise refuse("a pipeline layout says all about the split", "no other option of the split beside it", found)
     if len(stages) % mesh.pp:
         raise refuse("the layout's stages do not divide by pp", f"a multiple of {mesh.pp}", f"{len(stages)} stages")
     vpp = len(stages) // mesh.pp

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from shardtool.errors import ShardtoolError
 from shardtool.families.architecture import Architecture
-from shardtool.families.family import TRAINING_ONLY, Family
+from shardtool.families.family import TRAINING_ONLY, Family, field_words, value_words
 from shardtool.translate.rotary import STATIC, frequencies, whole_theta
 from shardtool.translate.verdict import Step
 
@@ -113,7 +113,7 @@ def _reason(name: str, a: Architecture, back: Architecture, family: Family) -> s
     ours, theirs = getattr(a, name), getattr(back, name)
     if name in WHY:
         return WHY[name][bool(ours)]
-    return f"{name.replace('_', ' ')} is {ours}; {family.model_type} would have {theirs}"
+    return f"{field_words(name)}: {value_words(ours)}; {family.model_type} would have {value_words(theirs)}"
 
 
 # what a field that is there (True) or not there (False) in the source means for a target where it is the other way

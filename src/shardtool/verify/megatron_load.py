@@ -313,18 +313,19 @@ def local_name(key: str) -> str:
 
 def _local_names(stored: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
     """The weights of a state dict of either spec under the local spec's names."""
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for key, value in stored.items():
         if key.endswith("._extra_state"):
             continue  # FP8 calibration of Transformer Engine, no weight
-        if (name := local_name(key)) in seen:
+        name = local_name(key)
+        if name in seen:
             raise CheckpointError(
                 "a tensor is there under two names",
                 where=f"{path}: {key}",
-                found=name,
+                found=f"{seen[name]} as well",
                 hint="save it with one spec: Transformer Engine's or the local one",
             )
-        seen.add(name)
+        seen[name] = key
         yield name, value
 
 

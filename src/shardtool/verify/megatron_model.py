@@ -145,6 +145,11 @@ def _moe_arguments(arch: Architecture) -> dict[str, Any]:
     }
 
 
+def _rope_in_words(rope: Rope) -> str:
+    pairs = "rope on neighbouring dims" if rope.interleaved else "rope"
+    return f"{pairs}, {rope.scaling.kind if rope.scaling else 'plain'}"
+
+
 def _mla_arguments(arch: Architecture) -> dict[str, Any]:
     """What MLATransformerConfig says beside TransformerConfig. Its defaults are DeepSeek's, so all are given."""
     mla = arch.mla
@@ -154,7 +159,7 @@ def _mla_arguments(arch: Architecture) -> dict[str, Any]:
     if rope is None or rope.interleaved or (rope.scaling is not None and rope.scaling.kind != "yarn"):
         raise UsageError(
             "megatron-core cannot express these positions with latent attention", expected="rope, plain or yarn",
-            found="no rope" if rope is None else f"rope{' interleaved' if rope.interleaved else ''}, {rope.scaling}",
+            found="no rope" if rope is None else _rope_in_words(rope),
             hint=LEVELS,
         )  # fmt: skip
     arguments: dict[str, Any] = {
@@ -310,7 +315,7 @@ def build_stage(arch: Architecture, mesh: Mesh, chunk: Chunk, dtype: torch.dtype
     except (AssertionError, ValueError, NotImplementedError) as error:
         raise UsageError(
             "megatron-core refuses this model or layout",
-            found=f"{type(error).__name__}: {error}".strip(": "),
+            found=str(error) or type(error).__name__,
             hint=LEVELS,
         ) from error
     layers = tuple(layer.layer_number - 1 for layer in model.decoder.layers)

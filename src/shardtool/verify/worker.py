@@ -26,7 +26,7 @@ shims.apply()  # before megatron-core's other modules take the names by value
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 
-from shardtool.verify.megatron_load import load_stage, stored_embedding  # noqa: E402
+from shardtool.verify.megatron_load import EMBEDDING, load_stage, stored_embedding  # noqa: E402
 from shardtool.verify.megatron_model import build_stage, expert_tp  # noqa: E402
 
 
@@ -145,7 +145,7 @@ def run(job: Job) -> None:
         nonlocal vocab
         stored, _ = stored_embedding(job.directory, mesh)
         if stored < job.architecture.vocab_size:
-            raise too_few_rows(str(job.directory), job.architecture.vocab_size, stored)
+            raise too_few_rows(f"{job.directory}: {EMBEDDING}", job.architecture.vocab_size, stored)
         vocab = -(-stored // mesh.tp) * mesh.tp
 
     _together(measure)
