@@ -174,7 +174,7 @@ class _NoNumbers:
         if self._allowed:
             self._held[task.key] = task
         else:
-            finite.refuse(self._found([task]), str(self._source.path))
+            finite.refuse(self._found([task]), str(self._source.path), self._source.locate)
 
     def __len__(self) -> int:
         return len(self._held)

@@ -133,7 +133,7 @@ def _with_tensors(path: Path, facts: dict[str, Any], opened: Opened, values: boo
     found = finite.scan(opened.headers, opened.locate)
     facts |= {"not_finite": [str(item) for item in found]}
     try:
-        finite.refuse([] if allow_nan else found, str(path))
+        finite.refuse([] if allow_nan else found, str(path), opened.locate)
     except ShardtoolError as error:
         return Inspection(path, facts, tensors, error)
     return Inspection(path, facts, tensors)

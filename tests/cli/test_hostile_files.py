@@ -271,7 +271,12 @@ def test_weights_that_are_no_numbers(tiny_model: TinyModel, copied: Copied, refu
     tensors[NORM][:3] = float("nan")
     tensors["lm_head.weight"][5, 6] = float("-inf")
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    names = (f"{NORM}: 3 NaN of 64 elements", "lm_head.weight: 1 Inf of 7680 elements", "--allow-nan")
+    names = (
+        f"{NORM}: 3 NaN of 64 elements",
+        source / "model.safetensors",
+        "lm_head.weight: 1 Inf of 7680 elements",
+        "--allow-nan",
+    )
     refused(1, "inspect", source, "--values", names=names)
     assert "3 NaN" in done("inspect", source, "--values", "--allow-nan").out
     assert "3 NaN" in done("hf2megatron", source, tmp_path / "allowed", "--allow-nan", "--tp", 2).out
@@ -279,11 +284,11 @@ def test_weights_that_are_no_numbers(tiny_model: TinyModel, copied: Copied, refu
     tensors["lm_head.weight"][5, 6] = 0
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     for options in ((), ("--dtype", "bf16")):
-        refused(1, "hf2megatron", source, tmp_path / "dst", *options, names=names[:1])
+        refused(1, "hf2megatron", source, tmp_path / "dst", *options, names=names[:2])
 
 
 @pytest.mark.parametrize("case", ["torch", "torch_dist"])
-def test_weights_of_megatron_that_are_no_numbers_in_format(
+def test_weights_that_megatron_core_has_saved_and_that_are_no_numbers_in_format(
     case: str, tiny_model: TinyModel, copied: Copied, refused: Refused, tmp_path: Path
 ) -> None:
     source = copied(tiny_model("llama"))
@@ -323,6 +328,6 @@ def test_values_that_the_dtype_cannot_hold(
     tensors = load_file(source / "model.safetensors")
     tensors[NORM][0] = 70000.0
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    names = (f"{NORM}: 1 beyond the range of the dtype of 64 elements",)
+    names = (f"{NORM}: 1 of 64 elements beyond the range of the dtype",)
     refused(1, "hf2megatron", source, tmp_path / "dst", "--dtype", "fp16", names=names)
     convert(source, tmp_path / "bf16", "--dtype", "bf16")

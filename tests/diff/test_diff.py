@@ -90,7 +90,7 @@ def test_directories_of_an_unknown_architecture_go_by_name(tiny_model: TinyModel
 def test_other_configs_are_a_note(tiny_model: TinyModel, tmp_path: Path) -> None:
     other = edited(tiny_model("llama"), tmp_path / "b", unchanged, rms_norm_eps=1e-6)
     report = done("diff", tiny_model("llama"), other, "--json", "-q").json
-    assert report["notes"] == ["the configs differ: norm_eps: 1e-05 and 1e-06"]
+    assert report["notes"] == ["the configs differ: epsilon of the norms: 1e-05 and 1e-06"]
 
 
 # --- values ----------------------------------------------------------------------------------------------------------

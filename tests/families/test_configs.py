@@ -445,7 +445,7 @@ def test_a_model_of_no_family():
     a = replace(read(CONFIGS["llama"]), norm="layer")
     with pytest.raises(UsageError, match="no Hugging Face architecture") as error:
         infer_family(a)
-    assert "llama: norm: layer and rms" in error.value.details
+    assert "llama: kind of norm: layer and rms" in error.value.details
     with pytest.raises(UsageError, match="no Hugging Face architecture"):
         infer_family(replace(read(CONFIGS["qwen3"]), family=""), "llama")
     with pytest.raises(UsageError, match="unknown family 'bloom'"):
@@ -454,13 +454,13 @@ def test_a_model_of_no_family():
 
 def test_what_a_config_would_lose():
     family, a = FAMILIES["llama"], read(CONFIGS["llama"])
-    assert family.lost(replace(a, window=8), family.write_config(a, "float32")) == ["window: 8 and None"]
+    assert family.lost(replace(a, window=8), family.write_config(a, "float32")) == ["window: 8 and none"]
     assert family.lost(replace(a, attention_dropout=0.5), family.write_config(a, "float32")) == []
     (reason,) = family.lost(a, config_of("llama", mlp_bias=True))
     assert "differ" in reason
     with pytest.raises(UsageError, match="cannot express") as error:
         family.write_config(replace(a, qk_norm=True), "float32")
-    assert error.value.details == ("qk_norm: True and False",)
+    assert error.value.details == ("norms of queries and keys: yes and no",)
 
 
 def test_rope_kinds():

@@ -58,7 +58,8 @@ def source(tmp_path_factory) -> Path:
     tensors = [(key[1], layout.shape(piece), "bfloat16") for key, piece in layout.tensors()]
     skeleton = safetensors_files.skeleton(tensors)
     head = skeleton.parts[0][1]
-    body = np.random.default_rng(0).integers(0, 0x7B, skeleton.size - len(head), np.uint8).tobytes()
+    numbers = np.random.default_rng(0).integers(0, 1 << 16, (skeleton.size - len(head)) // 2, np.uint16)
+    body = (numbers & 0xFF7F).tobytes()  # never all ones in the exponent: neither NaN nor Inf
     (folder / "model.safetensors").write_bytes(head + body)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     return folder

@@ -44,12 +44,15 @@ class NotFinite:
     total: int
 
     def __str__(self) -> str:
+        place = f"{self.key[1]}{' in ' + self.key[0] if self.key[0] else ''}"
+        if self.beyond and not self.nan and not self.inf:
+            return f"{place}: {self.beyond} of {self.total} elements beyond the range of the dtype"
         kinds = ((self.nan, "NaN"), (self.inf, "Inf"), (self.beyond, "beyond the range of the dtype"))
         found = (
             ", ".join(f"{count} {kind}" for count, kind in kinds if count)
             or "NaN or Inf in what is computed for it, out"
         )
-        return f"{self.key[1]}{' in ' + self.key[0] if self.key[0] else ''}: {found} of {self.total} elements"
+        return f"{place}: {found} of {self.total} elements"
 
 
 class Passing:
@@ -155,9 +158,11 @@ def lines(found: list[NotFinite]) -> tuple[str, ...]:
     return tuple(map(str, found[:20])) + ((f"and {len(found) - 20} tensors more",) if len(found) > 20 else ())
 
 
-def refuse(found: list[NotFinite], where: str) -> None:
-    """Raises CheckpointError naming the tensors, if there are any."""
+def refuse(found: list[NotFinite], path: str, locate: Callable[[Key], Stored]) -> None:
+    """Raises CheckpointError naming the tensors, if there are any, and their file where it is one; else `path`."""
     if found:
+        files = {locate(item.key).file for item in found}
+        where = files.pop() if len(files) == 1 else path
         only_beyond = all(item.beyond and not item.nan and not item.inf for item in found)
         raise CheckpointError(
             "weights that the dtype cannot hold" if only_beyond else "weights that are no numbers",

@@ -113,7 +113,9 @@ def _take(machine: _Machine, count: int) -> bytes:
 
 
 def _line(machine: _Machine) -> str:
-    end = machine.data.index(b"\n", machine.pos)
+    end = machine.data.find(b"\n", machine.pos)
+    if end < 0:
+        raise ValueError("the pickle is cut off")
     text = machine.data[machine.pos : end].decode()
     machine.pos = end + 1
     return text
