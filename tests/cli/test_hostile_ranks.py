@@ -98,6 +98,7 @@ DAMAGED: dict[str, tuple[str, Any]] = {
     "a word for the window": ("window_size", "ab"),
     "a negative size": ("kv_channels", -8),
     "a number for the position embedding": ("position_embedding_type", 3),
+    "a number for a name": (7.5, 1),
 }
 
 

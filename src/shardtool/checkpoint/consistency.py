@@ -60,6 +60,9 @@ def check_args(args: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
         raise CheckpointError(
             "the checkpoint has no args, so nothing says what model it is", where=where, expected="args", hint=NO_ARGS
         )
+    for name in args:
+        if not isinstance(name, str):
+            raise _damaged(where, brief(name), "words as names", name)
     for name in (*SIZES, *COUNTS):
         least, most = int(name in SIZES), MOST if name in LISTED else LARGEST
         value = args.get(name)
