@@ -60,17 +60,9 @@ def check_args(args: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
         raise CheckpointError(
             "the checkpoint has no args, so nothing says what model it is", where=where, expected="args", hint=NO_ARGS
         )
-    for name in args:
-        if not isinstance(name, str):
-            raise _damaged(where, brief(name), "words as names", name)
-    for name in (*SIZES, *COUNTS):
-        least, most = int(name in SIZES), MOST if name in LISTED else LARGEST
-        value = args.get(name)
-        if value is not None and not (type(value) is int and least <= value <= most):
-            raise _damaged(where, name, f"an integer from {least} to {most}", value)
-    experts, chosen = args.get("num_experts"), args.get("moe_router_topk")
-    if experts and chosen and chosen > experts:
-        raise _damaged(where, "moe_router_topk", f"at most {experts}, the number of experts", chosen)
+    if strange := [name for name in args if not isinstance(name, str)]:
+        raise _damaged(where, brief(strange[0]), "words as names", strange[0])
+    _check_sizes(args, where)
     for name in NUMBERS:
         value = args.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value)):
@@ -84,10 +76,21 @@ def check_args(args: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:
     window = args.get("window_size")
     if window is not None and not (isinstance(window, list | tuple) and all(type(item) is int for item in window)):
         raise _damaged(where, "window_size", "two integers", window)
+    return args
+
+
+def _check_sizes(args: Mapping[str, Any], where: str) -> None:
+    """Sizes and counts are numbers that can be some, and fit each other."""
+    for name in (*SIZES, *COUNTS):
+        least, most = int(name in SIZES), MOST if name in LISTED else LARGEST
+        value = args.get(name)
+        if value is not None and not (type(value) is int and least <= value <= most):
+            raise _damaged(where, name, f"an integer from {least} to {most}", value)
+    if (experts := args.get("num_experts")) and (args.get("moe_router_topk") or 0) > experts:
+        raise _damaged(where, "moe_router_topk", f"at most {experts}, the number of experts", args["moe_router_topk"])
     heads, groups = args.get("num_attention_heads"), args.get("num_query_groups")
     if heads and groups and args.get("group_query_attention", True) and heads % groups:
         raise heads_and_groups(heads, groups, f"{where}: args: num_query_groups")
-    return args
 
 
 def _damaged(where: str, name: str, expected: str, value: object) -> CheckpointError:
