@@ -129,11 +129,10 @@ def time_rounds(options: argparse.Namespace) -> None:
         if base / held != source:
             measure.cool(base / held)
     for number in range(options.rounds):
-        measure.warm(source)
         turned = list(commands)[number % len(commands) :] + list(commands)[: number % len(commands)]
         for name in turned:
             memory = need * (3 if name == "plain script" else 1)
-            wall, cpu = measure.timed(commands[name], out, need=min(memory, 12 << 30))
+            wall, cpu = measure.timed(commands[name], out, need=min(memory, 12 << 30), source=source)
             record(options.results, kind="time", shape=options.shape, gb=options.gb, direction=options.direction,
                    format=options.format, technique=name, wall=wall, cpu=cpu, round=f"{options.run}-{number}",
                    disk=file_system(options.work))  # fmt: skip

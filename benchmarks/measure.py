@@ -48,14 +48,19 @@ def warm(folder: Path) -> None:
                     pass
 
 
-def timed(command: Sequence[str], out: Path, *, need: int, told: list[str] | None = None) -> tuple[float, float]:
+def timed(
+    command: Sequence[str], out: Path, *, need: int, source: Path | None = None, told: list[str] | None = None
+) -> tuple[float, float]:
     """(wall seconds, CPU seconds) of a command that writes `out`, which is removed before and after.
 
-    `need` is the memory, page cache included, that it will touch; `told` gets what it says on stdout.
+    `need` is the memory, page cache included, that it will touch; `source` is read before, so that it is in the page
+    cache; `told` gets what it says on stdout.
     """
     remove(out)
     os.sync()
-    touch(need)  # last: free pages are given back to the host after seconds
+    touch(need)  # late: free pages are given back to the host after seconds
+    if source is not None:
+        warm(source)
     started, before = time.perf_counter(), os.times()
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     wall, after = time.perf_counter() - started, os.times()

@@ -16,9 +16,9 @@ from shardtool.execute import reflink
 from shardtool.execute.digests import Digests, FileDigest
 from shardtool.formats.stored import Skeleton
 
-# one write's bytes: the page cache takes folios as large as a write, and large ones cost twice as much on virtual
-# machines, whose memory comes from the host when it is first touched (Linux 6.18: 4 GB in 1.3 s, by 1 MiB in 2.3 s)
-WRITE_BYTES = 128 << 10
+# Bytes of one write. The page cache takes folios as large as a write, and on virtual machines, whose memory comes from the
+# host when it is first touched, large ones cost more (Linux 6.18); small writes hand the interpreter's lock about.
+WRITE_BYTES = 512 << 10
 OPEN_FILES = 512  # descriptors that are kept; the others are opened again when they are needed
 _PAGE = 4096
 _WRITE_OUT = 2  # SYNC_FILE_RANGE_WRITE: start writing dirty pages, wait for nothing
