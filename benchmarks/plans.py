@@ -51,11 +51,12 @@ DEEPSEEK_V3: dict[str, Any] = {
     "tie_word_embeddings": False, "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16",
     "v_head_dim": 128, "vocab_size": 129280, "max_position_embeddings": 163840, "hidden_act": "silu",
 }  # fmt: skip
+# 61 layers over 16 stages: 4, 14 times 4, 1
+DEEPSEEK_V3_LAYOUT = "--tp 2 --pp 16 --ep 32 --first-stage-layers 4 --last-stage-layers 1"
 CASES = (
     ("Llama-3.1-405B", LLAMA_405B, "--tp 8 --pp 16 --first-stage-layers 7 --last-stage-layers 7"),
     ("Mixtral-8x22B", MIXTRAL_8X22B, "--tp 4 --pp 4 --ep 8"),
-    # 61 layers over 16 stages: 4, 14 times 4, 1
-    ("DeepSeek-V3", DEEPSEEK_V3, "--tp 2 --pp 16 --ep 32 --first-stage-layers 4 --last-stage-layers 1"),
+    ("DeepSeek-V3", DEEPSEEK_V3, DEEPSEEK_V3_LAYOUT),
 )
 
 

@@ -14,7 +14,7 @@ from shardtool.layout.mesh import Mesh
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-from deepseek_v3 import CONFIG, LAYOUT, sparse_checkpoint
+from plans import DEEPSEEK_V3, DEEPSEEK_V3_LAYOUT, sparse_checkpoint
 
 MESH = Mesh(tp=2, pp=16, ep=32, first_stage_layers=4, last_stage_layers=1)
 
@@ -32,7 +32,7 @@ TENSORS = 3 + 61 * 9 + 3 * 3 + 58 * (3 * EXPERTS + 5) + 9 + (3 * EXPERTS + 5) + 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     path = tmp_path_factory.mktemp("deepseek") / "model"
-    return path, sparse_checkpoint(path, CONFIG)
+    return path, sparse_checkpoint(path, DEEPSEEK_V3)
 
 
 @pytest.mark.parametrize("form", ["torch", "torch_dist"])
@@ -51,6 +51,6 @@ def test_the_bytes_of_the_plan_are_those_of_the_checkpoint(form: str, model: tup
 
 
 def test_what_is_shown(model: tuple[Path, int]) -> None:
-    text = done("plan", "hf2megatron", model[0], "--format", "torch", *LAYOUT).out
+    text = done("plan", "hf2megatron", model[0], "--format", "torch", *DEEPSEEK_V3_LAYOUT.split()).out
     assert "1024 files" in text
     assert "model.layers.61.mlp.experts.{0-255}.down_proj.weight -> mtp.layers.0." in text
