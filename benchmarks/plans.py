@@ -16,8 +16,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import measure
-
 from shardtool.families.blocks import axis_sizes
 from shardtool.families.registry import family_of
 from shardtool.formats import safetensors_files
@@ -93,6 +91,8 @@ def sparse_checkpoint(directory: Path, config: dict[str, Any]) -> int:
 
 def rows(rounds: int) -> Iterator[dict[str, Any]]:
     """Each case in both formats: the median of the wall time, and the tensors of the target."""
+    import measure  # noqa: PLC0415 - tests, which have another module of this name, take the models from here
+
     with tempfile.TemporaryDirectory() as folder:
         for name, config, layout in CASES:
             model = Path(folder) / name
