@@ -2,7 +2,8 @@
 
     python benchmarks/durability.py [--gigabytes 2] [--rounds 5] [--work DIR] [--brief]
 
-With --brief hf2megatron alone, as it is and without either: for models that do not fit in the page cache. All variants take turns in every round; medians of the seconds are printed, and the ratios to the run without either.
+All variants take turns in every round; medians of the seconds are printed, and the ratios to the run without either.
+With --brief hf2megatron alone, as it is and without either: for models that do not fit in the page cache.
 """
 
 from __future__ import annotations
