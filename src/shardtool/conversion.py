@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
 
 from shardtool.checkpoint.companions import Companions, companions
 from shardtool.checkpoint.constants import constant_fills
@@ -37,8 +38,7 @@ if TYPE_CHECKING:
     from shardtool.translate.verdict import Verdict
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(Struct, frozen=True):
     """A conversion that has passed every check and has written nothing yet."""
 
     direction: str
@@ -60,8 +60,7 @@ class Prepared:
         return len(self.target.places)
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(Struct, frozen=True):
     """What a conversion did."""
 
     direction: str
@@ -82,7 +81,7 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: getattr(self, name) for name in self.__struct_fields__}
 
 
 def execute(

@@ -7,9 +7,11 @@ before every check has passed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field, to_builtins
+from msgspec.structs import replace
 
 from shardtool.checkpoint.companions import companions
 from shardtool.checkpoint.constants import check_constants
@@ -54,8 +56,7 @@ __all__ = [
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-@dataclass(frozen=True, slots=True)
-class MegatronOptions:
+class MegatronOptions(Struct, frozen=True):
     """How a Megatron checkpoint is to be written. Empty and 0: as in the source, else as in `DEFAULTS`.
 
     `allow_inexact` converts a model that megatron-core computes differently (families.exactness), which is refused otherwise.
@@ -193,8 +194,8 @@ def _to_megatron(
 
 def _as_options(options: MegatronOptions) -> dict[str, Any]:
     """The options by their names on the command line; of the mesh those that are not the default."""
-    values = {name: value for name, value in asdict(options).items() if name != "mesh"}
-    mesh, plain = asdict(options.mesh), asdict(Mesh())
+    values = {name: value for name, value in to_builtins(options).items() if name != "mesh"}
+    mesh, plain = to_builtins(options.mesh), to_builtins(Mesh())
     return {name: value for name, value in mesh.items() if value != plain[name]} | values
 
 

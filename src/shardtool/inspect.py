@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field, to_builtins
 
 from shardtool.checkpoint.huggingface import open_huggingface
 from shardtool.checkpoint.megatron import Megatron, read_megatron
@@ -16,8 +17,7 @@ from shardtool.formats.detect import detect
 from shardtool.layout.mesh import virtual_stages
 
 
-@dataclass(frozen=True)
-class Inspection:
+class Inspection(Struct, frozen=True):
     """The findings: `facts` in order for people and machines, and the problem that was found, if any."""
 
     path: Path
@@ -97,7 +97,7 @@ def _span(layers: tuple[int, ...]) -> str:
 
 
 def _model(a: Architecture) -> dict[str, Any]:
-    data = asdict(a)
+    data = to_builtins(a)
     rope = data.pop("rope")
     return {
         "family": data.pop("family") or "not named",

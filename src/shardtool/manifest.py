@@ -10,9 +10,10 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from msgspec import Struct
 
 from shardtool import __version__
 from shardtool.checkpoint.target import Target
@@ -28,8 +29,7 @@ LIBRARIES = ("numpy", "ml_dtypes", "isal")  # whose code bytes pass through
 LARGEST = 1 << 30  # bytes of a manifest that are read
 
 
-@dataclass(frozen=True, slots=True)
-class ManifestFile:
+class ManifestFile(Struct, frozen=True):
     """A file of an output. `tensors` are (name, part, dtype, shape, SHA-256) entries, where they were asked for."""
 
     size: int
@@ -113,8 +113,7 @@ def _table(entries: Mapping[str, Any]) -> list[str]:
     return [",\n".join(lines)] if lines else []
 
 
-@dataclass(frozen=True)
-class Findings:
+class Findings(Struct, frozen=True):
     """A directory against its manifest."""
 
     path: Path

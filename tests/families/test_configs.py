@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from transformers import CONFIG_MAPPING
 
 from shardtool.errors import CheckpointError, UsageError

@@ -160,7 +160,7 @@ def written(root: Path) -> Path:
     chunks: dict[str, list[ChunkRef]] = {}
     for (name, offsets, sizes, dtype), (position, length) in zip(items, extents, strict=False):
         blob = Extent(str(root / "__0_0.distcp"), position, length)
-        chunks.setdefault(name, []).append(ChunkRef(offsets, sizes, dtype, blob))
+        chunks.setdefault(name, []).append(ChunkRef(offsets, sizes, dtype, blob, name))
     tensors = {name: GlobalTensor(shape, dtype, tuple(chunks[name])) for name, (shape, _, dtype) in SHAPES.items()}
     blobs = zip(OBJECTS, extents[len(items) :], strict=True)
     objects = {name: Extent(str(root / "__0_0.distcp"), *extent) for (name, _), extent in blobs}
@@ -397,7 +397,7 @@ def test_ten_thousand_chunks_are_quick(tmp_path: Path) -> None:
     with (tmp_path / "__0_0.distcp").open("wb") as file:
         file.truncate(skeleton.size)
     chunks = [
-        ChunkRef(offsets, sizes, dtype, Extent("__0_0.distcp", *extent))
+        ChunkRef(offsets, sizes, dtype, Extent("__0_0.distcp", *extent), "decoder.layers.w")
         for (_, offsets, sizes, dtype), extent in zip(items, extents, strict=True)
     ]
     tensor = GlobalTensor((10_000, 64), "bfloat16", tuple(chunks))

@@ -12,12 +12,13 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import asdict, replace
 from safetensors.torch import load_file
 
 from builds import with_multi_token_prediction
@@ -59,10 +60,9 @@ FORMS = {"te": TE, "local": LOCAL, "dist": DIST}
 def mesh_options(mesh: Mesh) -> list[str]:
     """The command line of a mesh."""
     found: list[str] = []
-    for item in fields(mesh):
-        value = getattr(mesh, item.name)
-        if value != item.default:
-            flag = "--" + item.name.replace("_", "-")
+    for name, value in asdict(mesh).items():
+        if value != getattr(Mesh(), name):
+            flag = "--" + name.replace("_", "-")
             found += [flag] if value is True else [flag, str(value)]
     return found
 
@@ -245,8 +245,7 @@ def of_model(mesh: Mesh, name: str) -> Mesh:
     layout = mesh.pipeline_layout
     if layout is None or name == "deepseek_v3":
         return mesh
-    values = {item.name: getattr(mesh, item.name) for item in fields(mesh)}
-    return Mesh(**values | {"pipeline_layout": layout.replace("m", "")})
+    return replace(mesh, pipeline_layout=layout.replace("m", ""))
 
 
 def form_of(index: int) -> Form:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import dataclasses
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from msgspec.structs import replace
 
 from shardtool.errors import UsageError
 from shardtool.families.architecture import Architecture
@@ -40,7 +41,7 @@ def test_keys_and_shapes(world):
 def test_legacy_files_are_megatrons_rules(world):
     """Group-interleaved qkv cut in contiguous rows, [gate_r; up_r], column and row parallel, padded vocabulary rows."""
     truth, (place, _) = world
-    target = replace(place, format="legacy", copy_of_head=False)
+    target = dataclasses.replace(place, format="legacy", copy_of_head=False)
     made = plan(Place("hf").layout(truth), target.layout(truth))
     same(execute(made, truth.huggingface()).arrays, target.arrays(truth, 0))
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from shardtool.checkpoint.megatron_target import _extra_objects, _extra_states
 from shardtool.families.architecture import Architecture, LatentAttention, MixtureOfExperts

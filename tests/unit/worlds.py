@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import product
 from math import prod
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from shardtool.errors import UsageError
 from shardtool.families.architecture import Architecture, LatentAttention, MixtureOfExperts, Rope

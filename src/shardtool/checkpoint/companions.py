@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 from shardtool.errors import CheckpointError
 from shardtool.formats.hf_index import plain_file, strict_json
@@ -31,8 +32,7 @@ VOCABULARY = re.compile(r""":\s*["']([\w.-]+\.(?:tiktoken|model|txt|bpe|vocab))[
 MOST = 64  # modules of one repository
 
 
-@dataclass(frozen=True)
-class Companions:
+class Companions(Struct, frozen=True):
     """Files by name with their contents; `code` are those that are Python code, `notes` what is to be said."""
 
     files: Mapping[str, bytes] = field(default_factory=dict)

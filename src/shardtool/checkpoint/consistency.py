@@ -6,8 +6,9 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from shardtool.errors import CheckpointError, heads_and_groups, located, no_model
 from shardtool.families.architecture import Architecture
@@ -126,15 +127,15 @@ def check_architecture(a: Architecture, where: str, keys: Mapping[str, str]) -> 
         if not (type(value) is int and 1 <= value <= LARGEST):
             raise no_model(f"{where}: {keys.get(name, name)}", "a positive integer", brief(value))
     for part in (a, a.rope, a.rope.scaling if a.rope else None, a.moe, a.mla):
-        for item in fields(part) if part is not None else ():
-            value = getattr(part, item.name)
-            good = value is None or isinstance(value, bool | str) or is_dataclass(value)
+        for name in part.__struct_fields__ if part is not None else ():
+            value = getattr(part, name)
+            good = value is None or isinstance(value, bool | str | Struct)
             good |= isinstance(value, int | float) and _finite(value)
             good |= isinstance(value, tuple) and all(
                 isinstance(entry, int | float) and _finite(entry) for entry in value
             )
             if not good:
-                raise no_model(f"{where}: {keys.get(item.name, item.name)}", "a number", brief(value))
+                raise no_model(f"{where}: {keys.get(name, name)}", "a number", brief(value))
 
 
 def check_save(save: Iteration, iteration: object, version: object, where: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from shardtool.checkpoint.consistency import check_architecture
 from shardtool.checkpoint.opened import Header, Opened, account
@@ -34,8 +36,7 @@ COUNTED = re.compile(r"(num|n)_\w*(layer|expert|head|group)s?\w*|\w*_layers")
 MOST = 100_000  # layers, experts, heads: what is written out one by one
 
 
-@dataclass(frozen=True)
-class HuggingFace:
+class HuggingFace(Struct, frozen=True):
     """A Hugging Face directory: its config, family, and its tensors matched with the family's table."""
 
     config: Mapping[str, Any]
@@ -58,8 +59,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-@dataclass(frozen=True)
-class Described:
+class Described(Struct, frozen=True):
     """What a Hugging Face directory says it is, beside the tensors that it has: the two may not fit each other."""
 
     config: Mapping[str, Any]

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from shardtool.checkpoint.opened import Opened
 from shardtool.errors import CheckpointError, reason, unreadable
@@ -24,8 +25,7 @@ END_BYTES = 64 << 10
 DESCRIBING = ("config.json", safetensors_files.INDEX, hf_bin.INDEX, TRACKER, METADATA, "common.pt", "metadata.json")
 
 
-@dataclass(frozen=True, slots=True)
-class SourceFile:
+class SourceFile(Struct, frozen=True):
     """One file: its name below the source, its bytes, and the SHA-256 of all of it (`whole`) or of its two ends."""
 
     name: str
@@ -35,8 +35,7 @@ class SourceFile:
     whole: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(Struct, frozen=True):
     """The files of a source, as they were when it was opened."""
 
     path: Path

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from shardtool.checkpoint.consistency import check_args, check_ranks, check_save
 from shardtool.checkpoint.expert_ranks import stored_expert_tp
@@ -31,8 +33,7 @@ IGNORED = (r"(decoder\.)?rotary_pos_emb\.inv_freq", r".*\._extra_state.*")
 NOT_MODEL = re.compile(r"(optimizer|chained_\d+|rng_state|rerun_state_machine_state|opt_param_scheduler)([./].*)?")
 
 
-@dataclass(frozen=True)
-class Megatron:
+class Megatron(Struct, frozen=True):
     """A Megatron checkpoint: what its args say, how it is laid out, and its tensors by key."""
 
     path: Path

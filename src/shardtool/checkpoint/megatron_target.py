@@ -158,7 +158,7 @@ def _global_tensors(
     for file, tensors in by_file.items():
         for tensor, place in zip(tensors, extents[file], strict=True):
             chunks[tensor.key[1]].append(
-                ChunkRef(tensor.key[2], _chunk_sizes(tensor), tensor.dtype, Extent(file, *place))
+                ChunkRef(tensor.key[2], _chunk_sizes(tensor), tensor.dtype, Extent(file, *place), tensor.key[1])
             )
     return {
         name: GlobalTensor(

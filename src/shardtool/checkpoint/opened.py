@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+
+from msgspec import Struct
 
 from shardtool.errors import CheckpointError
 from shardtool.families.architecture import Architecture
@@ -15,8 +16,7 @@ from shardtool.formats.stored import ITEMSIZE, Stored
 from shardtool.layout.layout import Key, Layout
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(Struct, frozen=True):
     """Shape and dtype of one stored tensor."""
 
     shape: tuple[int, ...]
@@ -28,8 +28,7 @@ class Header:
         return prod(self.shape) * ITEMSIZE[self.dtype]
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(Struct, frozen=True):
     """One side of a conversion, on disk.
 
     `headers` has every tensor of the layout, `locate` finds a tensor's payload. `ignored` names what is in the files

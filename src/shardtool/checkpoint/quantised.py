@@ -8,8 +8,9 @@ MXFP4 (gpt-oss): `NAME_blocks` [e, rows, groups of 32, 16 bytes] and `NAME_scale
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from shardtool.errors import GET_AGAIN, CheckpointError
 from shardtool.execute.codecs import MICRO_BLOCK

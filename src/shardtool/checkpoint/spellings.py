@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from shardtool.errors import GET_AGAIN, CheckpointError
 from shardtool.formats.stored import ITEMSIZE, Stored
@@ -129,8 +131,7 @@ class Part(NamedTuple):
     chunk: ChunkRef
 
 
-@dataclass(frozen=True, slots=True)
-class Whole:
+class Whole(Struct, frozen=True):
     """A global tensor: its shape, and the parts that tile it."""
 
     shape: Shape

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from shardtool.checkpoint.megatron import Megatron
 from shardtool.families.architecture import Architecture, LatentAttention, MixtureOfExperts

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from msgspec import Struct, field
 
 from shardtool.checkpoint.opened import Header, fold
 from shardtool.errors import CheckpointError
@@ -44,8 +45,7 @@ class Skeletons(Mapping[str, Skeleton]):
         return len(self._makers)
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(Struct, frozen=True):
     """Files before their payload. `places` finds a tensor in a skeleton; `last` are small files written at the end, in
     order, each made when it is needed: that of a large model takes as long as its plan.
     """

@@ -8,14 +8,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 QUIET_INTERVAL = 30.0  # seconds between progress lines where stderr is no terminal
 
 
-@dataclass
-class Settings:
+class Settings(Struct):
     """What the common options say; set once by the command that runs."""
 
     json: bool = False
@@ -23,6 +24,11 @@ class Settings:
     verbose: bool = False
     debug: bool = False
     answered: bool = False  # a result has been printed
+
+    def reset(self) -> None:
+        """As before any option was read."""
+        for name, value in asdict(Settings()).items():
+            setattr(self, name, value)
 
 
 SETTINGS = Settings()

@@ -62,7 +62,7 @@ def application(arguments: Sequence[str]) -> typer.Typer:
 def run(arguments: list[str] | None = None) -> None:
     """The entry point: exit 0 done or same, 1 the checkpoint is wrong or differs, 2 wrong usage or environment."""
     given = sys.argv[1:] if arguments is None else arguments
-    vars(console.SETTINGS).update(vars(console.Settings()))
+    console.SETTINGS.reset()
     console.SETTINGS.json = "--json" in given  # for an error before the options are read
     failed: ShardtoolError | None = None
     try:

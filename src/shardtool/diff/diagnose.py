@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from shardtool.diff import prints
 from shardtool.diff.permutations import Diagnosis, axis_name, describe, describe_copies, origins, permutation, ranges
@@ -29,8 +30,7 @@ Place = tuple[int, Ids]  # a component of a rule, and the ids of its name axes
 PARTS = {3: ("query", "key", "value"), 2: ("gate", "up")}
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(Struct, frozen=True):
     """What a rule's differing components are diagnosed as; None where nothing that is known explains it.
 
     `complete`: both sides have every component whole, so that what is not among the places is equal.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 # what an axis counts (families.blocks has the letters): one, several
 AXES = {
@@ -18,8 +19,7 @@ AXES = {
 ROPE = ("d", "k", "j")  # axes with rope dims, all of them or the last
 
 
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
+class Diagnosis(Struct, frozen=True):
     """What a difference is: a code for programs, a text for people."""
 
     code: str
@@ -49,8 +49,7 @@ def permutation(found: Sequence[int | None]) -> list[int] | None:
     return known if sorted(known) == list(range(len(found))) else None
 
 
-@dataclass(frozen=True)
-class _Moved:
+class _Moved(Struct, frozen=True):
     """A permutation: index i of b holds what index `order[i]` of a does; `inner` is the part of it that moved."""
 
     axis: str

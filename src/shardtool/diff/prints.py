@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from shardtool.diff.sides import Ids, name_axes
 from shardtool.execute.engine import Task, assemble, moves, tasks
@@ -32,8 +33,7 @@ Numbers = Any  # a numpy array of uint64
 TOGETHER = ("g", "q")  # two axes that some tools put in the other order: also printed as one
 
 
-@dataclass(frozen=True)
-class Prints:
+class Prints(Struct, frozen=True):
     """The print of a component as a whole, of each index of each axis, and of two axes as one, by their names joined."""
 
     total: int

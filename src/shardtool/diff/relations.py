@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
 
 from shardtool.diff.permutations import Diagnosis
 from shardtool.diff.prints import Locate, complete, probe_tasks, probing
@@ -25,8 +25,7 @@ ROUNDING = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-22, "floa
 LOWER = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
 
-@dataclass
-class Relation:
+class Relation(Struct):
     """What holds between all elements of a component so far. `counts`: elements, differing, NaN or infinite in a and b."""
 
     tolerance: float

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal
+
+from msgspec import Struct, field
 
 from shardtool.diff.permutations import Diagnosis
 
@@ -19,8 +20,7 @@ KINDS: Mapping[Kind, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(Struct, frozen=True):
     """One difference: of which kind, in which tensors (`a` and `b`: their names on each side, layers folded).
 
     `elements` were compared, `differing` of them differ. `detail` is what else there is to say.
@@ -59,8 +59,7 @@ class Finding:
         return (*(item.text for item in self.diagnoses), *([self.detail] if self.detail else []))
 
 
-@dataclass(frozen=True)
-class DiffReport:
+class DiffReport(Struct, frozen=True):
     """Two checkpoints, what differs, and how many elements were compared. `notes` is what is no difference of tensors."""
 
     a: str

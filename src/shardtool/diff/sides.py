@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from shardtool.checkpoint.constants import broken_constants
 from shardtool.checkpoint.huggingface import describe_huggingface, read_config, read_tensors
@@ -34,8 +36,7 @@ from shardtool.layout.rules import EXPERT, LAYER, MTP, Rule, named_axes
 Ids = tuple[int, ...]  # of the axes in a rule's name, in the order of `name_axes`
 
 
-@dataclass(frozen=True)
-class Wrong:
+class Wrong(Struct, frozen=True):
     """A stored tensor whose shape is not that of its model. `ids` are those of the piece's own name axes."""
 
     piece: Piece
@@ -45,8 +46,7 @@ class Wrong:
     found: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Stated:
+class Stated(Struct, frozen=True):
     """What a checkpoint says it is: its rules by Megatron key, and where their components should lie.
 
     `wrong` are whole tensors of another shape than the model's (torch_dist): expected and found, by the rule's key.
@@ -66,8 +66,7 @@ class Stated:
     wrong: Mapping[str, tuple[str, tuple[int, ...], tuple[int, ...]]] | None = None
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(Struct, frozen=True):
     """A side fitted to the common rules: `layout` has only what is there, in its shape, with the common numbering.
 
     `held` are the ids of each rule that are complete, `wrong` the tensors of another shape, both by the rule's key.
@@ -82,8 +81,7 @@ class Side:
     unknown: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Unlike:
+class Unlike(Struct, frozen=True):
     """A rule that the sides cannot compare: its axes have other sizes, or its components are others."""
 
     key: str
@@ -91,8 +89,7 @@ class Unlike:
     b: str
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(Struct, frozen=True):
     """Both sides over the same rules: rule number n of either layout is `keys[n]`."""
 
     a: Side

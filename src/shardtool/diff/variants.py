@@ -7,9 +7,10 @@ the other side's components in the right layout.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
+
+from msgspec import Struct
 
 from shardtool.diff.permutations import Diagnosis
 from shardtool.layout.equation import Product, Sum, Tensor
@@ -18,8 +19,7 @@ from shardtool.layout.rules import Rule
 Cut = Mapping[str, Any]  # fields of a Piece
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(Struct, frozen=True):
     """A layout of a rule's tensor: term k of it is the rule's component `order[k]`.
 
     `windows`: tensor parallel ranks have equal blocks of rows of it, whatever the components are.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from typing import Any
+
+from msgspec import Struct
 
 from shardtool.execute.assemble import assemble
 from shardtool.execute.codecs import Values
@@ -18,8 +19,7 @@ from shardtool.layout.layout import Key
 from shardtool.plan.copies import Plan
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(Struct, frozen=True):
     """A target tensor that is not what the plan makes it: how many elements differ, and the first."""
 
     key: Key
@@ -88,8 +88,8 @@ def _held(space: Workspace, target: Stored, low: int, size: int) -> memoryview:
 
 
 def _same(tile: memoryview, other: memoryview) -> bool:
-    """Whether two buffers begin with the same bytes, without a copy of either and without numpy."""
-    return isinstance(tile.obj, bytearray) and tile.obj.startswith(other)
+    """Whether two buffers hold the same bytes, without numpy. A comparison of views goes byte by byte, this one does not."""
+    return bytearray(tile) == other
 
 
 def _differences(tile: memoryview, other: memoryview, width: int, mask: Any) -> tuple[int, int, int]:

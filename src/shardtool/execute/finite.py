@@ -7,8 +7,9 @@ unsigned and one over them as signed integers show whether there is any; only th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from shardtool.errors import CheckpointError
 from shardtool.execute.numbers import numpy, numpy_dtype
@@ -30,8 +31,7 @@ BEYOND: dict[tuple[str, str], int] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class NotFinite:
+class NotFinite(Struct, frozen=True):
     """A tensor with values that are no numbers: how many of each kind, of how many elements.
 
     `beyond` counts numbers that would become Inf in the dtype that is written.

@@ -11,16 +11,17 @@ import json
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import asdict
 
 VERSION = 1
 PATTERN = "journal-*.jsonl"
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(Struct, frozen=True):
     """A finished file: bytes, time of modification, SHA-256 ("" without checksums), and that of each tensor asked for."""
 
     size: int
@@ -29,8 +30,7 @@ class Record:
     tensors: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass
-class Entries:
+class Entries(Struct):
     """What journals hold. `key` is "" where there is none."""
 
     key: str = ""

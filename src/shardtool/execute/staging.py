@@ -21,8 +21,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from shardtool.errors import Interrupted, ShardtoolError, UsageError, reason, refused_by_the_system
 from shardtool.execute.digests import hash_file

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal
 
+from msgspec import Struct, field
 
-@dataclass(frozen=True, slots=True)
-class RopeScaling:
+
+class RopeScaling(Struct, frozen=True):
     """A change of the rotary frequencies.
 
     `linear` uses `factor`; `llama3` the factors and `original_max_positions`; `yarn` all but the first two factors.
@@ -25,8 +25,7 @@ class RopeScaling:
     truncate: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Rope:
+class Rope(Struct, frozen=True):
     """Rotary position embedding over the first `fraction` of each head; `interleaved` pairs (2i, 2i+1), else halves."""
 
     theta: float = 10000.0
@@ -35,8 +34,7 @@ class Rope:
     scaling: RopeScaling | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class MixtureOfExperts:
+class MixtureOfExperts(Struct, frozen=True):
     """The expert layers: which layers they are, how a token's experts are chosen, what is shared.
 
     `pre_softmax`: softmax over all experts, then the top k (Hugging Face `norm_topk_prob` false); else over the top k.
@@ -59,8 +57,7 @@ class MixtureOfExperts:
     shared_gate: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class LatentAttention:
+class LatentAttention(Struct, frozen=True):
     """Multi-latent attention. `query_rank` None means that queries are projected directly.
 
     `query_norm`: then there is one more norm of the hidden state before that projection, which megatron-core 0.19 and
@@ -75,8 +72,7 @@ class LatentAttention:
     query_norm: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class LinearAttention:
+class LinearAttention(Struct, frozen=True):
     """Gated delta net: the layers that have it instead of attention, its heads, their dims, and the convolution's kernel."""
 
     layers: tuple[int, ...]
@@ -87,8 +83,7 @@ class LinearAttention:
     kernel: int
 
 
-@dataclass(frozen=True, slots=True)
-class Folded:
+class Folded(Struct, frozen=True):
     """What a Hugging Face model computes in its forward pass and Megatron's weights contain instead.
 
     `embedding` multiplies the embedded tokens (`rounded`: first rounded to the weights' dtype, as the model does it),
@@ -105,8 +100,7 @@ class Folded:
     tied: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Architecture:
+class Architecture(Struct, frozen=True):
     """A decoder-only transformer. Sizes are whole-model sizes; `vocab_size` is the true one, without padding.
 
     `rope` None means learned absolute positions; behind them the table of positions may have `spare_positions` rows that

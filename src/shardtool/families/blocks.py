@@ -11,8 +11,9 @@ of a key head, a key dim, b value dim, c kernel (linear attention).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from shardtool.families.architecture import Architecture, Folded
 from shardtool.layout.codecs import CENTRED, Affine, Codec

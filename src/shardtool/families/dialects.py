@@ -9,15 +9,16 @@ the place of the table's.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from shardtool.errors import UsageError
 from shardtool.layout.equation import parse
 from shardtool.layout.rules import Rule
 
 
-@dataclass(frozen=True, slots=True)
-class Dialect:
+class Dialect(Struct, frozen=True):
     """`rows`: the first name of a row of the family's table (its ending), the name here, and the equation here."""
 
     name: str

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+from msgspec import Struct, to_builtins
+from msgspec.structs import replace
 
 from shardtool.errors import ShardtoolError, UsageError, heads_and_groups, in_words, no_model
 from shardtool.families.architecture import Architecture
@@ -31,8 +33,7 @@ def cannot_be_converted(model_type: object, reason: str) -> UsageError:
     )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(Struct, frozen=True):
     """One field of an Architecture and its key in config.json.
 
     `default` is what transformers takes where the key is absent. `read` and `write` change the value where the two differ.
@@ -45,8 +46,7 @@ class Field:
     write: Callable[[Any], Any] = lambda value: value
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(Struct, frozen=True):
     """One Hugging Face architecture.
 
     `fixed` are the switches of an Architecture that this family always has. `derived` computes the fields that
@@ -183,9 +183,9 @@ def describe_differences(a: Architecture, b: Architecture, ignore: frozenset[str
         ignore |= {"max_positions", "spare_positions"}
     if a.moe and b.moe and len(a.moe_layers) == a.num_layers and len(b.moe_layers) == b.num_layers:
         ignore |= {"ffn_size"}
-    ours, theirs = asdict(a), asdict(b)
+    ours, theirs = to_builtins(a), to_builtins(b)
     lines: list[str] = []
-    for name in (item.name for item in fields(Architecture) if item.name not in ignore):
+    for name in (name for name in Architecture.__struct_fields__ if name not in ignore):
         left, right = ours[name], theirs[name]
         if isinstance(left, dict) and isinstance(right, dict):
             lines += [

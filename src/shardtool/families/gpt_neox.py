@@ -5,8 +5,9 @@ Pythia and GPT-NeoX-20B have both read the same input, which megatron-core's lay
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from shardtool.families import standard_config as standard
 from shardtool.families.architecture import Architecture

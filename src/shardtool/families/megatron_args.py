@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any, Literal
 
 from shardtool.errors import CheckpointError
@@ -297,7 +296,7 @@ def _folded(args: Args) -> Folded | None:
         raise CheckpointError(
             "the checkpoint's args are damaged",
             where=f"args: {FOLDED}",
-            expected=", ".join(item.name for item in fields(Folded)),
+            expected=", ".join(Folded.__struct_fields__),
             found=repr(found)[:80],
             hint=ARGS_WRONG,
         ) from error

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from msgspec import Struct
 
 from shardtool.errors import CheckpointError
 from shardtool.formats import hf_bin, safetensors_files
@@ -14,8 +15,7 @@ from shardtool.formats.tracker import TRACKER, find_iteration
 Kind = Literal["hf_safetensors", "hf_bin", "megatron_torch", "megatron_torch_dist"]
 
 
-@dataclass(frozen=True, slots=True)
-class Detected:
+class Detected(Struct, frozen=True):
     """A checkpoint's kind and the directory that holds its files; `iteration` and `release` are Megatron's."""
 
     kind: Kind

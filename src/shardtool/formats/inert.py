@@ -6,17 +6,17 @@ Nothing here imports or calls what a pickle names. A name outside the lists belo
 from __future__ import annotations
 
 from collections.abc import Callable, Sized
-from dataclasses import dataclass
 from math import prod
 from pathlib import PurePosixPath
 from typing import Any
+
+from msgspec import Struct
 
 from shardtool.errors import GET_AGAIN, CheckpointError, a_kind
 from shardtool.formats.stored import ITEMSIZE
 
 
-@dataclass(frozen=True, slots=True)
-class Global:
+class Global(Struct, frozen=True):
     """A class or function that a pickle names. Only its name: it is never looked up."""
 
     module: str
@@ -26,8 +26,7 @@ class Global:
         return f"{self.module}.{self.name}"
 
 
-@dataclass(frozen=True, slots=True)
-class DType:
+class DType(Struct, frozen=True):
     """A torch dtype, by its name without the prefix."""
 
     name: str
@@ -36,15 +35,13 @@ class DType:
         return f"torch.{self.name}"
 
 
-@dataclass(frozen=True, slots=True)
-class StorageType:
+class StorageType(Struct, frozen=True):
     """The class of a storage; None for torch.storage.UntypedStorage, which counts in bytes."""
 
     dtype: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class StorageRef:
+class StorageRef(Struct, frozen=True):
     """A storage of the file that holds the pickle: record `data/<key>` with `nbytes` bytes."""
 
     key: str
@@ -52,8 +49,7 @@ class StorageRef:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRef:
+class TensorRef(Struct, frozen=True):
     """A tensor as its pickle describes it: a strided window (in elements) on the record `data/<storage_key>`."""
 
     storage_key: str

@@ -10,9 +10,10 @@ import re
 from argparse import Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from shardtool.errors import GET_AGAIN, CheckpointError, a_kind
 from shardtool.formats import torch_zip, torch_zip_out
@@ -41,8 +42,7 @@ _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _CHUNK = re.compile(r"model(\d*)")
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Rank:
+class Rank(Struct, frozen=True, order=True):
     """Which rank a file belongs to: (dense) tensor, pipeline and expert parallel."""
 
     tp: int
@@ -50,8 +50,7 @@ class Rank:
     ep: int
 
 
-@dataclass(frozen=True, slots=True)
-class RankFile:
+class RankFile(Struct, frozen=True):
     """One rank's file: launch arguments as plain data, and per virtual pipeline chunk the tensors by name.
 
     `ignored` are entries of the model that are no weights (`_extra_state` and None), with the chunk's key in front;

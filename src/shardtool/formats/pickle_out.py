@@ -11,10 +11,11 @@ import struct
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any
+
+from msgspec import Struct
 
 from shardtool.formats.inert import STORAGE_DTYPES, DType, Global
 from shardtool.formats.stored import ITEMSIZE, row_major_strides
@@ -28,16 +29,14 @@ _ORDERED = Global("collections", "OrderedDict")
 _NAMESPACE = Global("argparse", "Namespace")
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(Struct, frozen=True):
     """The result of `function(*args)`, written as REDUCE."""
 
     function: Global
     args: tuple[object, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Object:
+class Object(Struct, frozen=True, eq=False):
     """An instance of a class, made without arguments and given `state`: NEWOBJ and BUILD (no BUILD if None).
 
     Equal only to itself, so that it can be a key of the dict that is written.
@@ -47,8 +46,7 @@ class Object:
     state: object = None
 
 
-@dataclass(frozen=True, slots=True)
-class TensorOut:
+class TensorOut(Struct, frozen=True):
     """A contiguous tensor on a storage of its own; the same key twice is the same storage.
 
     `key` is the caller's name for the payload; the file numbers its storages itself. `residue` is where the payload has

@@ -7,8 +7,9 @@ that is not tensor payload. The execution engine moves payload between the two.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
 from math import prod
+
+from msgspec import Struct, field
 
 from shardtool.errors import CheckpointError
 
@@ -29,8 +30,7 @@ def unsupported_dtype(where: str, found: str, known: Iterable[str] = ITEMSIZE) -
     )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class BlockScaled:
+class BlockScaled(Struct, frozen=True):
     """FP8 (e4m3fn) bytes with one scale per block of `rows` x `columns` of the matrix: value = byte * scale.
 
     `scale` is [ceil(matrix rows / rows), ceil(matrix columns / columns)] in fp32 or bf16; edge blocks may be smaller.
@@ -41,8 +41,7 @@ class BlockScaled:
     columns: int = 128
 
 
-@dataclass(frozen=True, slots=True)
-class MicroScaled:
+class MicroScaled(Struct, frozen=True):
     """MXFP4: two e2m1 elements per byte, the low half first; value = element * 2 ** (scale - 127).
 
     `scale` has one byte for every 32 elements in the order of storage.
@@ -51,8 +50,7 @@ class MicroScaled:
     scale: Stored
 
 
-@dataclass(frozen=True, slots=True)
-class Product:
+class Product(Struct, frozen=True):
     """A vector that is stored nowhere: matrix @ vector + bias (a norm's bias on its way through the next linear)."""
 
     matrix: Stored
@@ -60,8 +58,7 @@ class Product:
     bias: Stored | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(Struct, frozen=True):
     """One tensor's payload: `shape` elements of `dtype` from byte `offset` of `file` (a path that can be opened).
 
     `strides` are in elements; None means row-major and contiguous. A `quantised` tensor's payload is in another form;
@@ -84,8 +81,7 @@ class Stored:
 BLOCK = 4096  # bytes of a file system's block, as far as layouts care
 
 
-@dataclass(frozen=True, slots=True)
-class Payload:
+class Payload(Struct, frozen=True):
     """Where the bytes of one tensor of a file being written go.
 
     `crc_at` are the positions that take the little-endian CRC32 of the payload once it is known (zip formats).
@@ -102,8 +98,7 @@ class Payload:
         return prod(self.shape) * ITEMSIZE[self.dtype]
 
 
-@dataclass(frozen=True, slots=True)
-class Skeleton:
+class Skeleton(Struct, frozen=True):
     """A file before its payload: `size` bytes in all, `parts` (offset, bytes) written first, `payload` by key."""
 
     size: int

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 from shardtool.errors import GET_AGAIN, CheckpointError, a_kind, cut_off, reason, unreadable
 from shardtool.formats import torch_zip
@@ -37,8 +38,7 @@ _CHECKSUMS = ((b"PK\x07\x08", 4), (b"PK\x03\x04", 14), (b"PK\x01\x02", 16))
 _SERIALIZATION_ID = re.compile(rb"\.data/serialization_id(?:FB[^\d]*)?(\d{40})")
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(Struct, frozen=True):
     """Bytes [offset, offset + length) of a file: one torch.save blob."""
 
     file: str
@@ -46,19 +46,17 @@ class Extent:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkRef:
+class ChunkRef(Struct, frozen=True):
     """One chunk of a global tensor, elements [offsets, offsets + sizes), and the blob that holds it."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     dtype: str
     blob: Extent
-    name: str = field(default="", compare=False)  # of its tensor, for errors
+    name: str  # of its tensor, for errors
 
 
-@dataclass(frozen=True, slots=True)
-class GlobalTensor:
+class GlobalTensor(Struct, frozen=True):
     """A tensor of the checkpoint; its chunks tile `shape`."""
 
     shape: tuple[int, ...]
@@ -66,8 +64,7 @@ class GlobalTensor:
     chunks: tuple[ChunkRef, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TorchDist:
+class TorchDist(Struct, frozen=True):
     """What a torch_dist directory holds: tensors and pickled objects by their name (FQN).
 
     `prefix` stands before the model's names in checkpoints of other frameworks ('model.', 'module.'), else ''.

@@ -13,10 +13,11 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
+
+from msgspec import Struct
 
 from shardtool.errors import GET_AGAIN, CheckpointError, cut_off, reason, unreadable
 from shardtool.formats.inert import TensorRef
@@ -36,8 +37,7 @@ MAX_PICKLE = 512 << 20
 _TAIL = 4096  # one read gets the end records and, for a blob of one tensor, the whole directory
 
 
-@dataclass(frozen=True, slots=True)
-class TorchFile:
+class TorchFile(Struct, frozen=True):
     """A torch.save archive: the object it pickles, and per record name (without the archive's) offset and size.
 
     `records` offsets are bytes from the beginning of the file at `path`.

@@ -13,8 +13,9 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
+
+from msgspec import Struct
 
 from shardtool.formats.pickle_out import TensorOut
 from shardtool.formats.pickle_out import dumps as pickle_dumps
@@ -27,8 +28,7 @@ _CENTRAL = struct.Struct("<4s6H3L5H2L").pack
 _UTF8, _DESCRIPTOR = 1 << 11, 1 << 3
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
+class _Record(Struct, frozen=True):
     """One record: its bytes, or the tensor whose payload comes later."""
 
     name: bytes

@@ -6,8 +6,9 @@ Source: read_metadata and get_checkpoint_name in megatron/training/checkpointing
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from shardtool.errors import CheckpointError
 from shardtool.formats.small_files import read_small
@@ -17,8 +18,7 @@ _ITERATION = re.compile(r"iter_(\d{7,})")
 _RANK = re.compile(r"mp_rank_\d{2,}(_\d{3,}){0,2}")
 
 
-@dataclass(frozen=True, slots=True)
-class Iteration:
+class Iteration(Struct, frozen=True):
     """One save of a Megatron checkpoint: its directory, and the root if it was found through the tracker file.
 
     `iteration` is None where neither tracker nor directory name tells it (`release` is iteration None).

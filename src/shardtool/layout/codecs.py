@@ -7,12 +7,12 @@ and rounded once, to the dtype of the target (`execute.codecs`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
 
+from msgspec import Struct
 
-@dataclass(frozen=True, slots=True)
-class Affine:
+
+class Affine(Struct, frozen=True):
     """value = stored * scale + shift; stored = (value - shift) / scale.
 
     `inverse` exchanges the two, so that a stored tensor can be a product: stored = value * scale + shift. With
@@ -26,16 +26,14 @@ class Affine:
     rounded: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class NormalisedRows:
+class NormalisedRows(Struct, frozen=True):
     """value = stored / (the L2 norm of its row), in the stored dtype; stored = value, whose rows have the norm 1.
 
     The scale of the rows is lost: what is written back is the normalised tensor, which stands for the same values.
     """
 
 
-@dataclass(frozen=True, slots=True)
-class Centred:
+class Centred(Struct, frozen=True):
     """value = stored - (the mean of its row, or of its column); stored = value, whose means are 0.
 
     What a LayerNorm reads may be shifted by a constant: with every contribution centred, RMSNorm computes the same.

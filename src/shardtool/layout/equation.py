@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from math import prod
 from typing import TypeAlias
 
+from msgspec import Struct
 
-@dataclass(frozen=True, slots=True)
-class Sum:
+
+class Sum(Struct, frozen=True):
     """Terms side by side along one dim."""
 
     terms: tuple[Product, ...]
@@ -32,8 +32,7 @@ Factor: TypeAlias = str | Sum
 Product: TypeAlias = tuple[Factor, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(Struct, frozen=True):
     """A stored tensor: one product per dim."""
 
     dims: tuple[Product, ...]
@@ -52,16 +51,14 @@ class Tensor:
         return Tensor(tuple(dim for dim in self.dims if not (len(dim) == 1 and dim[0] in axes)))
 
 
-@dataclass(frozen=True, slots=True)
-class DimView:
+class DimView(Struct, frozen=True):
     """One component along one dim: `index = offset + sum(stride * axis)`, strides from the largest to the smallest."""
 
     offset: int
     strides: tuple[tuple[str, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Equation:
+class Equation(Struct, frozen=True):
     """Two sides that hold the same components. `order` gives the left side's number of each component of the right."""
 
     left: tuple[Tensor, ...]

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from shardtool.layout.codecs import CENTRED, Codec
 from shardtool.layout.equation import Tensor
@@ -22,8 +24,7 @@ from shardtool.layout.rules import Rule
 Key = tuple[str, str, tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class NameAxis:
+class NameAxis(Struct, frozen=True):
     """An axis that is part of the name: its global `ids`; the name shows `id - shift`."""
 
     axis: str
@@ -31,8 +32,7 @@ class NameAxis:
     shift: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """Stored tensors of one shape: tensor number `tensor` of one side of rule number `rule`.
 
     `part` entries are numbers, or the name of a name axis whose id stands there. `replica` pieces hold what another
@@ -104,8 +104,7 @@ class Piece:
         return key
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(Struct, frozen=True):
     """One side of a plan.
 
     `sizes` are the logical sizes of the axes, `allocated` the stored ones where they are larger (padded vocabulary).

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import lcm
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from shardtool.errors import UsageError
 from shardtool.layout.equation import Product, Sum, Tensor, product_size
@@ -34,8 +36,7 @@ LOCAL_NAMES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Spelling:
+class Spelling(Struct, frozen=True):
     """How per-rank files name what the rules name.
 
     `spec` is `te` or `local`; `experts` is `grouped` (`linear_fc1.weight3`), `sequential` (`local_experts.3.`), or, in
@@ -180,8 +181,7 @@ def _axes(product: Product) -> set[str]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Legacy:
+class _Legacy(Struct, frozen=True):
     """What places pieces in per-rank files."""
 
     sizes: dict[str, int]

@@ -8,13 +8,13 @@ transformer/pipeline_parallel_layer_layout.py): model chunks take consecutive la
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from shardtool.errors import UsageError
 
 
-@dataclass(frozen=True, slots=True)
-class Mesh:
+class Mesh(Struct, frozen=True):
     """Parallel sizes. `etp` None means the same as `tp`, megatron-core's default."""
 
     tp: int = 1
@@ -34,8 +34,7 @@ class Mesh:
         return self.tp if self.etp is None else self.etp
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(Struct, frozen=True):
     """One model chunk: pipeline stage `pp`, virtual stage `vpp`, the global ids of its `layers` in order."""
 
     pp: int

@@ -7,7 +7,8 @@ where the two of a pair are neighbours. Written so on both sides of a plan, the 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from shardtool.layout.equation import Equation, Factor, Product, Sum, Tensor, choices
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
+
+from msgspec import Struct
 
 from shardtool.layout.codecs import Codec
 from shardtool.layout.equation import Equation, Sum, Tensor, parse
@@ -22,8 +23,7 @@ class Part(NamedTuple):
     tensor: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(Struct, frozen=True):
     """`hf` tensors -> one `megatron` tensor, by an equation; `{l}`, `{e}`, `{m}` in the names are the name axes.
 
     `megatron` is the key of per-rank files in Transformer Engine's spelling; the layout spells it for its format.

@@ -6,11 +6,12 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from math import prod
 from typing import Any
+
+from msgspec import Struct
 
 from shardtool.layout.codecs import Codec, describe
 from shardtool.layout.layout import Key, Layout, Piece
@@ -18,8 +19,7 @@ from shardtool.layout.layout import Key, Layout, Piece
 Range = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Loop:
+class Loop(Struct, frozen=True):
     """An axis that is in the name on one side or both: the ids to go through, and what each adds to the addresses."""
 
     axis: str
@@ -28,8 +28,7 @@ class Loop:
     dst_stride: int
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(Struct, frozen=True):
     """A strided copy of `shape` elements, once for every combination of the loops' ids. All numbers count elements.
 
     A source stride of 0 repeats an element (padding rows that repeat the last).
@@ -75,8 +74,7 @@ class Copy:
             yield dst_ids, src_key(tuple(ids[at] for at in src_at)), src, dst_key(dst_ids), dst
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(Struct, frozen=True):
     """A strided part of a stored tensor that has no counterpart: padding to fill (target) or to cut (source)."""
 
     component: int
@@ -92,8 +90,7 @@ class Region:
         return prod(self.shape)
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Struct, frozen=True, dict=True):
     """What goes where. `fills` are target regions that take the padding value, `cuts` source regions left out."""
 
     src: Layout

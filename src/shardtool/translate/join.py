@@ -7,7 +7,9 @@ copies one into the other. What only one of them has is a constant: written into
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import FC1, LINEAR_QKV, Q_NORM
@@ -30,8 +32,7 @@ HEADED |= {Q_NORM.replace("q_", f"{name}_") + ".weight": (0,) for name in "qk"}
 UNGATED = {FC1 + ".weight": (None, 0.0), FC1 + ".bias": (None, 1.0)}  # gate, up: silu(gate) * up without a gate
 
 
-@dataclass(frozen=True, slots=True)
-class Joined:
+class Joined(Struct, frozen=True):
     """The two layouts."""
 
     src: Layout

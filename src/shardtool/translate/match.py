@@ -9,8 +9,10 @@ impossible, and its field is the reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from shardtool.errors import ShardtoolError
 from shardtool.families.architecture import Architecture
@@ -30,8 +32,7 @@ class DiffersError(Exception):
         self.reasons = reasons
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(Struct, frozen=True):
     """The architecture that the target's config.json will say, and what it takes to be the source's function."""
 
     target: Architecture
@@ -46,7 +47,7 @@ def match(a: Architecture, family: Family, scaling: Mapping[str, Any] | None = N
     if scaling is not None and family.own_rope:
         raise DiffersError(f"rope scaling {scaling['rope_type']}: {family.model_type} has code of its own without it")
     found = Match(replace(a, family=family.model_type))
-    for _ in fields(Architecture):
+    for _ in Architecture.__struct_fields__:
         back = _read_back(found.target, family)
         differing = [name for name in _NAMES if getattr(found.target, name) != getattr(back, name)]
         if not differing and biases(found.target) != biases(back):  # last: other identities need biases
@@ -61,7 +62,7 @@ def match(a: Architecture, family: Family, scaling: Mapping[str, Any] | None = N
     raise AssertionError(f"{family.model_type} does not settle")
 
 
-_NAMES = tuple(item.name for item in fields(Architecture) if item.name not in IGNORED)
+_NAMES = tuple(name for name in Architecture.__struct_fields__ if name not in IGNORED)
 
 
 def _read_back(a: Architecture, family: Family) -> Architecture:

@@ -9,7 +9,8 @@ it: its bias must be 0. A tied head keeps the embedding's rows as they were.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from shardtool.checkpoint.opened import Header, Opened
 from shardtool.families.blocks import EMBEDDING, FC1, FC2, INPUT_NORM, LINEAR_OUT, LINEAR_QKV, MLP_NORM, OUTPUT

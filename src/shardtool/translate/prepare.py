@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from shardtool.checkpoint.companions import companions
 from shardtool.checkpoint.constants import broken_constants
@@ -42,8 +44,7 @@ ROUTERS = (
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache")
 
 
-@dataclass(frozen=True)
-class _Source:
+class _Source(Struct, frozen=True):
     """A config.json as translation reads it: a rope scaling that only transformers interprets stands apart."""
 
     config: Config
@@ -54,8 +55,7 @@ class _Source:
     plain: Architecture | None = None  # the same without attention biases, where all of them are zeros
 
 
-@dataclass(frozen=True)
-class _Decided:
+class _Decided(Struct, frozen=True):
     """What the configs alone decide."""
 
     source: _Source

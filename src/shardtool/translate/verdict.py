@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
+
+from msgspec import Struct
 
 from shardtool.errors import UsageError
 
@@ -17,8 +18,7 @@ MEANING = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Struct, frozen=True):
     """One thing that a translation does besides renaming and rearranging. `parameters` are those that it adds."""
 
     what: str
@@ -26,8 +26,7 @@ class Step:
     parameters: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(Struct, frozen=True):
     """How exact a translation is, and why.
 
     `caveats` are true of the result but no difference of the function; `parameters` are those that the target has more.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from shardtool.checkpoint.constants import check_constants
 from shardtool.checkpoint.huggingface import HuggingFace, open_huggingface
@@ -28,8 +30,7 @@ LevelName = Literal["accounting", "exact", "logits"]
 LEVELS: tuple[LevelName, ...] = ("accounting", "exact", "logits")
 
 
-@dataclass(frozen=True, slots=True)
-class LogitsOptions:
+class LogitsOptions(Struct, frozen=True):
     """How the logits level runs; see verify.logits.compare_logits."""
 
     dtype: Literal["fp32", "bf16", "fp16", "native"] = "fp32"

@@ -9,9 +9,11 @@ import json
 import math
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from shardtool.errors import CheckpointError, UsageError
 from shardtool.layout.mesh import chunks
@@ -137,8 +139,7 @@ def _judged(
     return replace(report, measured=found, first_diverging=diverging, problems=(*problems, *wrong))
 
 
-@dataclass(frozen=True, slots=True)
-class _Runs:
+class _Runs(Struct, frozen=True):
     """Runs models on the same prompts, and keeps the time of each run."""
 
     prompts: PromptSet

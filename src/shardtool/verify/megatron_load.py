@@ -21,7 +21,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.gpt.gpt_model import GPTModel
+from msgspec import Struct, field
 from torch.distributed.checkpoint.api import CheckpointException
 
 from shardtool.errors import GET_AGAIN, CheckpointError, no_embedding
@@ -110,8 +110,7 @@ def load_stage(model: GPTModel, directory: Path, mesh: Mesh, chunk: Chunk) -> No
         _load_legacy(model, state, path)
 
 
-@dataclass(frozen=True, slots=True)
-class _Ranks:
+class _Ranks(Struct, frozen=True):
     """The files of one pipeline stage, as tensor parallel rank `tp` sees them. A file is opened once."""
 
     directory: Path

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+from msgspec import Struct
 
 from shardtool.verify.outputs import Outputs, point_name, position_name
 from shardtool.verify.report import Distance
@@ -14,8 +14,7 @@ from shardtool.verify.report import Distance
 ROWS = 128  # logits rows at a time; the fp64 copies of 128 rows of 128k tokens are 400 MB in all
 
 
-@dataclass(slots=True)
-class _Sums:
+class _Sums(Struct):
     """What adds up over the rows."""
 
     rows: int = 0

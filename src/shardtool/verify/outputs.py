@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class Outputs:
+class Outputs(Struct, frozen=True):
     """`logits` [positions of all prompts, vocabulary] and `hidden` [points, traced positions of all prompts, hidden].
 
     Both fp32 on the CPU, whatever dtype computed them. Points are the embedding, the output of each layer but the last,

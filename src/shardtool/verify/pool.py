@@ -19,10 +19,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Literal
+
+from msgspec import Struct
 
 from shardtool.errors import CheckpointError, ShardtoolError, UsageError
 from shardtool.families.architecture import Architecture
@@ -34,8 +35,7 @@ GRACE = 20.0  # seconds that the other ranks get once one has failed
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(Struct, frozen=True):
     """Build the model, load it stage by stage from `directory` (an iteration directory), run the prompts.
 
     Rank 0 writes `output`, a torch file {"logits": [positions of all prompts, vocabulary],
@@ -52,8 +52,7 @@ class Job:
     output: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(Struct, frozen=True):
     """What a worker says of a job: nothing wrong (`error` None), or what. `broken`: this worker cannot go on."""
 
     error: ShardtoolError | None = None

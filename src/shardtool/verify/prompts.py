@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from shardtool.errors import UsageError
 
@@ -26,8 +27,7 @@ TEXTS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(Struct, frozen=True):
     """What prompts may be: token ids below `vocab_size`, at most `max_positions` of them.
 
     `window` and `original_max_positions` are lengths at which the model changes its ways, where it has them.
@@ -39,8 +39,7 @@ class Limits:
     original_max_positions: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PromptSet:
+class PromptSet(Struct, frozen=True):
     """Token ids per prompt, and one line each on what they cover and what they do not."""
 
     prompts: tuple[tuple[int, ...], ...]

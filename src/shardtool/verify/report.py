@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 QUESTIONS = {
     "accounting": ("is every element of the one in the other?", "order inside a tensor"),
@@ -17,8 +18,7 @@ QUESTIONS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
+class Level(Struct, frozen=True):
     """One question and its answer. `numbers` is plain data for `--json`, `lines` the same for people."""
 
     name: str
@@ -40,8 +40,7 @@ class Level:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class VerifyReport:
+class VerifyReport(Struct, frozen=True):
     """The answer to *is this the same model?*: the two sides by name, and the levels in the order they were asked."""
 
     a: str
@@ -80,8 +79,7 @@ class VerifyReport:
         return [*result, verdict]
 
 
-@dataclass(frozen=True, slots=True)
-class Distance:
+class Distance(Struct, frozen=True):
     """How far two sets of logits, and the hidden states behind them, are apart. NaN is *not measured*.
 
     `max_abs` = max |a - b| and `std` = std(a), over `positions` x `vocab_size` logits; `worst` is where the maximum is.
@@ -125,8 +123,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-@dataclass(frozen=True, slots=True)
-class LogitsReport:
+class LogitsReport(Struct, frozen=True):
     """The answer of the logits level: passes when `measured.ratio` is at or below `threshold` and nothing went wrong.
 
     `threshold_from` says where the threshold comes from, `coverage` what the prompts reach, `first_diverging` the first

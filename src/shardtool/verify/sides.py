@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from shardtool.families.architecture import Architecture
 from shardtool.layout.mesh import Mesh, virtual_stages
 
 
-@dataclass(frozen=True, slots=True)
-class HuggingFaceSide:
+class HuggingFaceSide(Struct, frozen=True):
     """A Hugging Face model directory; its own config.json says what transformers builds."""
 
     path: Path
@@ -21,8 +21,7 @@ class HuggingFaceSide:
         return f"transformers, {self.path}"
 
 
-@dataclass(frozen=True, slots=True)
-class MegatronSide:
+class MegatronSide(Struct, frozen=True):
     """A Megatron checkpoint (root or iteration directory), and the model that megatron-core is asked to build for it.
 
     `architecture` should come from the checkpoint's own args: then a wrong epsilon or rope base in the args shows.
