@@ -279,6 +279,10 @@ def test_what_megatron_core_cannot_express_is_refused_by_name_and_reason(model_t
     assert error.value.where == "config.json"
 
 
+def test_every_family_is_found_under_its_name():
+    assert {name: family.model_type for name, family in FAMILIES.items()} == {name: name for name in FAMILIES}
+
+
 def test_no_family_is_refused():
     assert not REFUSED.keys() & FAMILIES.keys()
 

@@ -10,7 +10,6 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from math import prod
-from typing import NamedTuple
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -123,7 +122,7 @@ def _rows(item: Stored, low: int, high: int) -> Stored:
 ONE_EXPERT = re.compile(r"(.*\.experts\.experts\.)(\d+)\.(.*)")
 
 
-class Part(NamedTuple):
+class Part(Struct, frozen=True):
     """Elements [offsets, offsets + sizes) of a global tensor, and the chunk on disk that holds them."""
 
     offsets: Shape

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from typing import NamedTuple
 
 from msgspec import Struct, field
 
@@ -16,7 +15,7 @@ from shardtool.layout.layout import Key, Piece
 from shardtool.plan.copies import Plan
 
 
-class TargetTensor(NamedTuple):
+class TargetTensor(Struct, frozen=True):
     """A tensor to write."""
 
     key: Key

@@ -14,7 +14,8 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from shardtool.execute.assemble import assemble
 from shardtool.execute.compare import Difference, compare
@@ -46,7 +47,7 @@ __all__ = [
 LOOK = 64  # units ahead among which a worker looks for one of a quiet file
 
 
-class Traffic(NamedTuple):
+class Traffic(Struct, frozen=True):
     """Bytes of payload that a run has read (more than once where that was cheaper) and written."""
 
     read: int

@@ -10,7 +10,8 @@ import resource
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from shardtool.execute import reflink
 from shardtool.execute.digests import Digests, FileDigest
@@ -28,7 +29,7 @@ _fallocate = getattr(_libc, "fallocate", None)  # Linux only, as the next
 _sync_file_range = getattr(_libc, "sync_file_range", None)
 
 
-class Finished(NamedTuple):
+class Finished(Struct, frozen=True):
     """A target file that is complete: its size, its time of modification, and its digests where they were asked for."""
 
     name: str

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
+from msgspec import Struct
+
 from shardtool.execute.codecs import Change, Values, change
 from shardtool.execute.tiles import Move, coalesced
 from shardtool.formats.stored import ITEMSIZE, Stored, row_major_strides
@@ -16,7 +18,7 @@ from shardtool.plan.copies import Copy, Loop, Plan
 Ids = tuple[int, ...]
 
 
-class Source(NamedTuple):
+class Source(Struct, frozen=True):
     """A copy as all instances of its target piece share it: neighbouring axes merged, and how to find the source.
 
     `key` takes the source's ids, and `places` tells where these stand in the target's ids followed by those of the
@@ -48,7 +50,7 @@ class Source(NamedTuple):
         )
 
 
-class Task(NamedTuple):
+class Task(Struct, frozen=True):
     """One target tensor: its key and ids, and the copies that make its elements (the rest is padding)."""
 
     key: Key

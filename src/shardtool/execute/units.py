@@ -6,7 +6,8 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from shardtool.execute.checksum import combine
 from shardtool.execute.lower import Task, source_keys
@@ -43,7 +44,7 @@ class Shared:
 Item = tuple[Task, str, Payload]  # a task, its file and its place there
 
 
-class Part(NamedTuple):
+class Part(Struct, frozen=True):
     """Bytes [low, high) of a task's tensor, and its place; `shared` where there are other parts."""
 
     task: Task
@@ -54,7 +55,7 @@ class Part(NamedTuple):
     shared: Shared | None
 
 
-class Unit(NamedTuple):
+class Unit(Struct, frozen=True):
     """What a worker does at once: parts of one file, one after the other, or a scatter to several files."""
 
     parts: tuple[Part, ...]

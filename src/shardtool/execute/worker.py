@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
+
+from msgspec import Struct
 
 from shardtool.execute import tiles as tiling
 from shardtool.execute.assemble import assemble
@@ -23,7 +25,7 @@ RUN_BYTES = 64 << 10  # strided copies of shorter runs than this are assembled i
 KEPT_VECTORS = 4  # layouts of a scatter that a worker keeps
 
 
-class Watch(NamedTuple):
+class Watch(Struct, frozen=True):
     """Who is told of tasks whose values are no numbers; `moved`: also where values are not changed."""
 
     tell: Callable[[Task], None]
@@ -224,7 +226,7 @@ class Worker:
         return step, regions, rows
 
 
-class _Block(NamedTuple):
+class _Block(Struct, frozen=True):
     """Rows of `row` bytes at `start` of a file, and blocks of columns of it, (first byte, size) in order.
 
     `used` has the number of the columns that each target takes; several may take the same. `behind` bytes follow the

@@ -2,92 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from importlib import import_module
 from typing import Any
 
 from msgspec.structs import replace
 
 from shardtool.errors import ShardtoolError, UsageError
-from shardtool.families import (
-    baichuan,
-    chatglm,
-    deepseek_v2,
-    deepseek_v3,
-    ernie_moe,
-    gemma,
-    glm,
-    gpt2,
-    gpt_neox,
-    gpt_oss,
-    granite,
-    internlm,
-    internlm2,
-    llama,
-    llama_like,
-    mimo,
-    minicpm,
-    mistral,
-    mixtral,
-    nemotron,
-    olmo,
-    olmoe,
-    opt,
-    phi3,
-    qwen,
-    qwen2,
-    qwen3,
-    qwen3_next,
-    qwen_moe,
-    starcoder2,
-)
 from shardtool.families.architecture import Architecture
 from shardtool.families.family import RESHARD, Family, cannot_be_converted
 from shardtool.families.refused import REFUSED
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        llama.FAMILY,
-        mistral.FAMILY,
-        qwen2.FAMILY,
-        qwen3.FAMILY,
-        gpt2.FAMILY,
-        mixtral.FAMILY,
-        gpt_oss.FAMILY,
-        qwen_moe.QWEN2_MOE,
-        qwen_moe.QWEN3_MOE,
-        qwen3_next.QWEN3_NEXT,
-        qwen3_next.QWEN3_5,
-        qwen3_next.QWEN3_5_MOE,
-        deepseek_v3.DEEPSEEK_V3,
-        deepseek_v3.GLM4_MOE,
-        deepseek_v3.DOTS1,
-        deepseek_v2.FAMILY,
-        mimo.FAMILY,
-        olmoe.FAMILY,
-        ernie_moe.FAMILY,
-        phi3.FAMILY,
-        glm.FAMILY,
-        llama_like.SEED_OSS,
-        llama_like.SMOLLM3,
-        llama_like.ERNIE,
-        llama_like.STABLELM,
-        starcoder2.FAMILY,
-        qwen.FAMILY,
-        internlm2.FAMILY,
-        baichuan.FAMILY,
-        chatglm.FAMILY,
-        gemma.FAMILY,
-        nemotron.FAMILY,
-        granite.GRANITE,
-        granite.GRANITE_MOE,
-        opt.FAMILY,
-        gpt_neox.FAMILY,
-        minicpm.FAMILY,
-        olmo.FAMILY,
-        internlm.FAMILY,
-    )
-}
+
+class Families(MutableMapping[str, Family]):
+    """Families by their model_type. A family's module is imported when it is asked for: a conversion needs one."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        """`places` has the module and the name of each."""
+        self._held: dict[str, Family | str] = {**places}
+
+    def __getitem__(self, name: str) -> Family:
+        held = self._held[name]
+        if isinstance(held, str):
+            module, attribute = held.split(".")
+            found: Family = getattr(import_module(f"shardtool.families.{module}"), attribute)
+            self._held[name] = held = found
+        return held
+
+    def __setitem__(self, name: str, family: Family) -> None:
+        self._held[name] = family
+
+    def __delitem__(self, name: str) -> None:
+        del self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+FAMILIES = Families(
+    {
+        "llama": "llama.FAMILY",
+        "mistral": "mistral.FAMILY",
+        "qwen2": "qwen2.FAMILY",
+        "qwen3": "qwen3.FAMILY",
+        "gpt2": "gpt2.FAMILY",
+        "mixtral": "mixtral.FAMILY",
+        "gpt_oss": "gpt_oss.FAMILY",
+        "qwen2_moe": "qwen_moe.QWEN2_MOE",
+        "qwen3_moe": "qwen_moe.QWEN3_MOE",
+        "qwen3_next": "qwen3_next.QWEN3_NEXT",
+        "qwen3_5_text": "qwen3_next.QWEN3_5",
+        "qwen3_5_moe_text": "qwen3_next.QWEN3_5_MOE",
+        "deepseek_v3": "deepseek_v3.DEEPSEEK_V3",
+        "glm4_moe": "deepseek_v3.GLM4_MOE",
+        "dots1": "deepseek_v3.DOTS1",
+        "deepseek_v2": "deepseek_v2.FAMILY",
+        "mimo": "mimo.FAMILY",
+        "olmoe": "olmoe.FAMILY",
+        "ernie4_5_moe": "ernie_moe.FAMILY",
+        "phi3": "phi3.FAMILY",
+        "glm": "glm.FAMILY",
+        "seed_oss": "llama_like.SEED_OSS",
+        "smollm3": "llama_like.SMOLLM3",
+        "ernie4_5": "llama_like.ERNIE",
+        "stablelm": "llama_like.STABLELM",
+        "starcoder2": "starcoder2.FAMILY",
+        "qwen": "qwen.FAMILY",
+        "internlm2": "internlm2.FAMILY",
+        "baichuan": "baichuan.FAMILY",
+        "chatglm": "chatglm.FAMILY",
+        "gemma": "gemma.FAMILY",
+        "nemotron": "nemotron.FAMILY",
+        "granite": "granite.GRANITE",
+        "granitemoe": "granite.GRANITE_MOE",
+        "opt": "opt.FAMILY",
+        "gpt_neox": "gpt_neox.FAMILY",
+        "minicpm": "minicpm.FAMILY",
+        "olmo": "olmo.FAMILY",
+        "internlm": "internlm.FAMILY",
+    }
+)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

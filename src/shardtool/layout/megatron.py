@@ -351,7 +351,8 @@ def _dist_pieces(
                 continue
             # any rank that holds it may write it: the first of the stage with these expert and tp ranks
             file = f"__{chunk.pp * mesh.tp * mesh.ep + ep * mesh.tp + rank % mesh.tp}_0.distcp"
-            for ending, first, tensor in rule.parts:
+            for held in rule.parts:
+                tensor = held.tensor
                 if dim is not None:
                     windows = [_equal_window(tensor, stored, dim, rank, width)]
                 else:
@@ -359,9 +360,9 @@ def _dist_pieces(
                 for window in windows:
                     part: tuple[int | str, ...] = (*leading, *(low for low, _ in window))
                     for key in keys:
-                        name = dist_name(key, stacked=stacked) + ending
+                        name = dist_name(key, stacked=stacked) + held.ending
                         replica = key != keys[0]
-                        yield Piece(number, 0, tensor, name, file, axes, (), window, part, replica, first=first)
+                        yield Piece(number, 0, tensor, name, file, axes, (), window, part, replica, first=held.first)
 
 
 def dist_name(key: str, *, stacked: bool) -> str:

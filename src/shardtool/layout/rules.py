@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 from msgspec import Struct
 
@@ -15,7 +15,7 @@ from shardtool.layout.equation import Equation, Sum, Tensor, parse
 LAYER, EXPERT, MTP = "l", "e", "m"  # the axes that stand in names: layers, experts, multi-token-prediction layers
 
 
-class Part(NamedTuple):
+class Part(Struct, frozen=True):
     """A tensor of torch_dist: the ending of its key, the number of its first component, and its layout."""
 
     ending: str

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
 from math import prod
-from typing import NamedTuple
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from shardtool.layout.equation import Tensor, boxes, component_axes, view
 from shardtool.layout.layout import Layout, Piece
@@ -19,7 +21,7 @@ from shardtool.plan.accounting import check, check_written
 from shardtool.plan.copies import Copy, Loop, Plan, Range, Region
 
 
-class Geometry(NamedTuple):
+class Geometry(Struct, frozen=True):
     """One component in one stored tensor: address = base + sum(stride * global index), over these boxes of indices."""
 
     base: int
@@ -27,7 +29,7 @@ class Geometry(NamedTuple):
     boxes: tuple[Mapping[str, Range], ...]
 
 
-class _View(NamedTuple):
+class _View(Struct, frozen=True):
     """One component of one piece."""
 
     component: int
@@ -85,7 +87,7 @@ def common(src: Layout, dst: Layout, order: Mapping[int, Sequence[int]] | None =
     """
     targets = _views_by_rule(dst, dst.pieces)
     for number, names in (order or {}).items():
-        targets[number] = [item._replace(component=names[item.component]) for item in targets.get(number, ())]
+        targets[number] = [replace(item, component=names[item.component]) for item in targets.get(number, ())]
     sources = _views_by_rule(src, [piece for piece in src.pieces if not piece.replica])
     return Plan(src, dst, tuple(_copies(sources, targets)), (), ())
 
@@ -231,7 +233,7 @@ def _padding(layout: Layout, piece: Piece) -> Iterator[_View]:
             whole = _geometry_of(piece.dims, local, stored, piece.ranges, piece.window, allocated)
             cuts = ({**box, axis: (max(box[axis][0], layout.sizes[axis]), box[axis][1])} for box in whole.boxes)
             kept = tuple(cut for cut in cuts if cut[axis][0] < cut[axis][1])
-            yield _View(component, piece, whole._replace(boxes=kept), {name.axis: name.ids for name in piece.names})
+            yield _View(component, piece, replace(whole, boxes=kept), {name.axis: name.ids for name in piece.names})
 
 
 def _regions(views: Iterable[_View]) -> Iterator[Region]:
@@ -267,5 +269,5 @@ def _last_rows(src: Layout, sources: Mapping[int, list[_View]], padded: Mapping[
                         if box[axis][0] <= last < box[axis][1]
                     ),
                 )
-                found[number].append(item._replace(geometry=repeated))
+                found[number].append(replace(item, geometry=repeated))
     return found
