@@ -124,15 +124,13 @@ def time_rounds(options: argparse.Namespace) -> None:
     if options.only:
         commands = {name: command for name, command in commands.items() if name in options.only}
     source = base / "hf" if options.direction == "hf2megatron" else base / options.format
-    need = int(options.gb * 1.1e9) + (1 << 28)
     for held in ("hf", *FORMATS):
         if base / held != source:
             measure.cool(base / held)
     for number in range(options.rounds):
         turned = list(commands)[number % len(commands) :] + list(commands)[: number % len(commands)]
         for name in turned:
-            memory = need * (3 if name == "plain script" else 1)
-            wall, cpu = measure.timed(commands[name], out, need=min(memory, 12 << 30), source=source)
+            wall, cpu = measure.timed(commands[name], out, source=source)
             record(options.results, kind="time", shape=options.shape, gb=options.gb, direction=options.direction,
                    format=options.format, technique=name, wall=wall, cpu=cpu, round=f"{options.run}-{number}",
                    disk=file_system(options.work))  # fmt: skip
@@ -172,12 +170,11 @@ def values(options: argparse.Namespace) -> None:
         "cp": ["cp", "-r", str(copy), str(out)],
         "shardtool, no sync": [*WITHOUT_SYNC, *arguments, "--no-checksums"],
     }
-    written = sum(path.stat().st_size for path in copy.rglob("*") if path.is_file())
     for number in range(options.rounds):
         measure.warm(base / "hf")
         measure.warm(copy)
         for name, command in list(techniques.items())[:: -1 if number % 2 else 1]:
-            wall, cpu = measure.timed(command, out, need=written + (1 << 28))
+            wall, cpu = measure.timed(command, out)
             record(options.results, kind="values", shape=options.shape, gb=options.gb, dtype=dtype, technique=name,
                    wall=wall, cpu=cpu, round=f"{options.run}-{number}")  # fmt: skip
     record(options.results, kind="values memory", shape=options.shape, gb=options.gb, dtype=dtype,
@@ -188,7 +185,6 @@ def values(options: argparse.Namespace) -> None:
 def scaling(options: argparse.Namespace) -> None:
     """hf2megatron with 1, 2 and 4 threads, and as 1, 2 processes of one thread each under torchrun."""
     base, out = folder(options.work, options.shape, options.gb), options.work / f"out-{options.run}"
-    need = int(options.gb * 1.1e9) + (1 << 28)
     torchrun = [PYTHON, "-m", "torch.distributed.run", "--no-python"]
     inner = [*WITHOUT_SYNC, *conversion("hf2megatron", base, out, "torch"), "-q", "--no-checksums"]
     for number in range(options.rounds):
@@ -198,7 +194,7 @@ def scaling(options: argparse.Namespace) -> None:
         for processes in (1, 2, 3):
             commands[f"{processes} processes"] = [*torchrun, "--nproc-per-node", str(processes), *inner, "--jobs", "1"]
         for name, command in commands.items():
-            wall, cpu = measure.timed(command, out, need=need)
+            wall, cpu = measure.timed(command, out)
             record(options.results, kind="scaling", shape=options.shape, gb=options.gb, technique=name, wall=wall, cpu=cpu,
                    round=f"{options.run}-{number}")  # fmt: skip
 
@@ -227,7 +223,7 @@ def reflink(options: argparse.Namespace) -> None:
             measure.warm(place / "hf")
             for name, command in commands.items():
                 told: list[str] = []
-                wall, cpu = measure.timed(command, place / "out", need=int(options.gb * 1.1e9), told=told)
+                wall, cpu = measure.timed(command, place / "out", told=told)
                 within = json.loads(told[0])["seconds"] if name != "cp" else wall
                 record(options.results, kind="reflink", shape=options.shape, gb=options.gb, technique=name, wall=wall,
                        cpu=cpu, within=within, round=f"{options.run}-{number}")  # fmt: skip

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from functools import partial
 
-from shardtool import convert
-from shardtool.cli.main import run
+from shardtool.__main__ import COLLECT, main
+
+gc.set_threshold(*COLLECT)
+
+from shardtool import convert  # noqa: E402 - as the command does it
 
 convert.execute = partial(convert.execute, durable=False)
 os.fsync = lambda _: None  # of small files and directories
-run()
+main()

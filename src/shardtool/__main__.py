@@ -3,12 +3,13 @@
 import gc
 import sys
 
+# Imports and plans are many small objects without cycles: looking for cycles takes a quarter of their time.
+COLLECT = (100_000, 20, 20)
+
 
 def main() -> None:
     """Run the command line; Ctrl-C ends it with exit code 130 and no traceback, also while it is still importing."""
-    # Imports and plans are many small objects without cycles: looking for cycles takes a quarter of their time. What is
-    # there at the end need not be looked through either.
-    gc.set_threshold(100_000, 20, 20)
+    gc.set_threshold(*COLLECT)
     try:
         from shardtool.cli.main import run  # noqa: PLC0415 - within the try
 
@@ -17,7 +18,7 @@ def main() -> None:
         sys.stderr.write("interrupted\n")
         raise SystemExit(130) from None
     finally:
-        gc.freeze()
+        gc.freeze()  # what is there at the end need not be looked through
 
 
 if __name__ == "__main__":
