@@ -152,6 +152,14 @@ def _block_scaled(stored: Stored, form: BlockScaled, low: int, count: int, read:
     return values.reshape(-1)
 
 
+def block_values(scales: Any) -> Any:
+    """The values of all bytes in blocks of these scales [blocks], as `read_values` has them: [blocks, 256]."""
+    np = numpy()
+    values = np.tile(_e4m3(), (len(scales), 1))
+    values *= np.repeat(scales.astype(np.float32), 256).reshape(-1, 256)
+    return values
+
+
 def _micro_scaled(stored: Stored, form: MicroScaled, low: int, count: int, read: ReadBytes) -> Any:
     """MXFP4 elements times the power of two of their block, in fp32 (exact)."""
     np = numpy()
