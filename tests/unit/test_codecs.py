@@ -103,6 +103,18 @@ def test_mxfp4_elements(data, tmp_path_factory):
     assert torch.equal(read(Values(stored, None), low, count), torch.tensor(wanted)[low : low + count])
 
 
+def test_mxfp4_all_bytes_at_all_scales(tmp_path):
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+    blocks = torch.arange(256, dtype=torch.uint8).repeat(256)
+    scales = torch.arange(256, dtype=torch.uint8).repeat_interleave(16)
+    pairs = torch.stack([table[blocks.int() & 15], table[blocks.int() >> 4]], 1).reshape(-1)
+    wanted = (pairs * torch.exp2(scales.double() - 127).repeat_interleave(32)).float()
+    form = MicroScaled(save(tmp_path / "scales", scales))
+    stored = Stored(save(tmp_path / "blocks", blocks).file, 0, (len(wanted),), "bfloat16", None, form)
+    found = read(Values(stored, None), 0, len(wanted))
+    assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))
+
+
 # --- codecs ----------------------------------------------------------------------------------------------------------
 
 

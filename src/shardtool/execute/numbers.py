@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from functools import cache
 from typing import Any
 
 from shardtool.formats.stored import ITEMSIZE
 
 
+@cache  # asked for several times for each tile
 def numpy() -> Any:
     """numpy, without the threads of its linear algebra, whose buffers are larger than ours."""
     name = "OPENBLAS_NUM_THREADS"
@@ -22,6 +24,7 @@ def numpy() -> Any:
     return importlib.import_module("numpy")
 
 
+@cache
 def numpy_dtype(name: str, *, values: bool) -> Any:
     """The numpy dtype of a torch dtype name. Without `values` only the width matters, and no extension is imported."""
     np = numpy()

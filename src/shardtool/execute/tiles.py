@@ -10,11 +10,12 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shardtool.errors import cut_off, reason, unreadable
 from shardtool.execute import buffers
 from shardtool.execute.codecs import Values, read_values
+from shardtool.execute.lookup import look_up
 from shardtool.execute.numbers import numpy, numpy_dtype
 from shardtool.formats.stored import ITEMSIZE
 from shardtool.layout.equation import nested_boxes
@@ -122,6 +123,8 @@ class Workspace:
         self._own = sources is None
         self._buffers: dict[str, memoryview] = {}
         self._rows: dict[tuple[str, int, int, int, int], list[memoryview]] = {}
+        self._once: tuple[str, int, int] | None = None
+        self.kept: dict[str, tuple[Any, Any]] = {}  # by name: what for, and what was computed for it last
 
     def descriptor(self, file: str) -> int:
         """A source file's descriptor; CheckpointError when it cannot be opened."""
@@ -164,6 +167,19 @@ class Workspace:
         self.read_into(file, offset, held)
         return held
 
+    def holds(self, file: str, offset: int, size: int) -> bool:
+        """Whether these bytes are what `read_once` has read last."""
+        return self._once == (file, offset, size)
+
+    def read_once(self, file: str, offset: int, size: int) -> memoryview:
+        """Bytes of a file, in a buffer of their own; they are not read again where they were the last."""
+        held = self.buffer("once", size)
+        if not self.holds(file, offset, size):
+            self._once = None  # until they are there
+            self.read_into(file, offset, held)
+            self._once = file, offset, size
+        return held
+
     def read_rows(self, file: str, offset: int, rows: Sequence[memoryview], size: int) -> None:
         """Fill views, `size` bytes in all, one after the other with the bytes of a file from `offset` on."""
         descriptor = self._sources.descriptor(file)
@@ -197,7 +213,9 @@ def fill_tile(work: Workspace, moves: Sequence[Move], tile: memoryview, low: int
     width = ITEMSIZE[dtype]
     for move in moves:
         for part in clip(move, low, low + len(tile) // width):
-            if part.values is not None or part.dtype != dtype or not _moved(work, part, tile, low):
+            if part.values is None and part.dtype == dtype and _moved(work, part, tile, low):
+                continue
+            if not look_up(work, part, tile, low, dtype):
                 _rearranged(work, part, tile, low, dtype)
 
 
@@ -248,7 +266,8 @@ def _rearranged(work: Workspace, part: Move, tile: memoryview, low: int, dtype: 
             start = piece.start + piece.src_offset * kind.itemsize
             source = np.frombuffer(work.read(piece.file, start, span * kind.itemsize), kind)
         else:
-            source = read_values(piece.values, piece.src_offset, span, work.read)
+            with np.errstate(all="ignore"):
+                source = read_values(piece.values, piece.src_offset, span, work.read)
         elements = np.lib.stride_tricks.as_strided(
             source, piece.shape, tuple(s * source.itemsize for s in piece.src_strides)
         )

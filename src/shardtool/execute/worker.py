@@ -14,6 +14,7 @@ from shardtool.execute.assemble import assemble
 from shardtool.execute.checksum import crc32
 from shardtool.execute.files import Files
 from shardtool.execute.finite import Passing
+from shardtool.execute.lookup import rows_at_once, shared_rows
 from shardtool.execute.lower import Run, Task, moves, runs
 from shardtool.execute.stream import Progress, Stream
 from shardtool.execute.tiles import Move, Sources, Workspace
@@ -78,8 +79,13 @@ class Worker:
             row = self._fills.get(task.key)
             for low, tile in assemble(self.space, task, found, row, part.low // width, part.high // width):
                 stream.write(tile, payload.offset + low * width)
+        self._complete(stream, part, passing)
+
+    def _complete(self, stream: Stream, part: Part, passing: Passing | None) -> None:
+        """Behind the last byte of a part: its checksum, and what follows the tensor in the file."""
+        payload = part.payload
         behind = self._behind(part, stream.end())
-        self._tell(task, passing)
+        self._tell(part.task, passing)
         if behind and part.high == payload.nbytes:
             stream.put(behind)
         elif behind:
@@ -145,14 +151,20 @@ class Worker:
         return behind
 
     def _scatter(self, parts: tuple[Part, ...]) -> None:
-        """Read each block of rows once and write its column blocks to all targets."""
-        block = _block(parts, [moves(part.task, self._locate) for part in parts])
-        if block is None:
+        """Columns of one matrix for several targets, read once where that is possible."""
+        found = [moves(part.task, self._locate) for part in parts]
+        if (stored := shared_rows(found, parts[0].task.dtype)) is not None:
+            self._abreast(parts, found, stored)
+        elif (block := _block(parts, found)) is not None:
+            self._columns(parts, block)
+        else:
             for part in parts:
                 stream = Stream(self.space, self._files, part.file, self._progress)
                 self._one(stream, part)
                 stream.flush()
-            return
+
+    def _columns(self, parts: tuple[Part, ...], block: _Block) -> None:
+        """Read each block of rows once and write its column blocks to all targets."""
         step, regions, rows = self._vector(block)
         crcs = [0] * len(regions)
         passing = self._passing(parts[0].task, ())
@@ -183,6 +195,29 @@ class Worker:
                 if self._progress:
                     self._progress(len(data), part.file)
         for part in parts:
+            self._files.written(part.file, part.payload.offset + part.low, part.payload.offset + part.high)
+
+    def _abreast(self, parts: tuple[Part, ...], found: list[list[Move]], stored: Stored) -> None:
+        """Read some rows of an FP8 matrix once and compute the columns of each target from them, then the next rows."""
+        origin, width = found[0][0].src_offset // stored.shape[-1], stored.shape[-1]
+        sizes = [move.shape[1] * ITEMSIZE[part.task.dtype] for part, (move,) in zip(parts, found, strict=True)]
+        step = rows_at_once(stored, max(sizes), tiling.TILE_BYTES)
+        passings = [self._passing(part.task, moved) for part, moved in zip(parts, found, strict=True)]
+        streams = [Stream(self.space, self._files, part.file, self._progress) for part in parts]
+        for part, stream, passing in zip(parts, streams, passings, strict=True):
+            stream.begin(bool(part.payload.crc_at), passing)
+        end = parts[0].high // sizes[0]
+        for row in range(parts[0].low // sizes[0], end, step):
+            count = min(step, end - row)
+            self.space.read_once(stored.file, stored.offset + (origin + row) * width, count * width)
+            for part, stream, moved, size in zip(parts, streams, found, sizes, strict=True):
+                item = ITEMSIZE[part.task.dtype]
+                low, high = row * size // item, (row + count) * size // item
+                for at, tile in assemble(self.space, part.task, moved, None, low, high):
+                    stream.write(tile, part.payload.offset + at * item)
+        for part, stream, passing in zip(parts, streams, passings, strict=True):
+            self._complete(stream, part, passing)
+            stream.flush()
             self._files.written(part.file, part.payload.offset + part.low, part.payload.offset + part.high)
 
     def _last(self, part: Part, data: memoryview, low: int, crc: int) -> None:
