@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -38,16 +39,18 @@ class ManifestFile(Struct, frozen=True):
 
 
 def versions() -> dict[str, str]:
-    """shardtool's version, and those of the libraries that touch bytes."""
-    return {"shardtool": __version__} | {name: _installed(name) for name in LIBRARIES}
+    """shardtool's version, and those of the libraries that touch bytes.
 
-
-def _installed(name: str) -> str:
-    """A distribution's version, by the name of its directory: importlib.metadata takes as long as a plan to import."""
+    By the names of their directories: importlib.metadata takes as long as a plan to import.
+    """
+    found: dict[str, str] = {}
     for directory in sys.path:
-        for found in Path(directory or ".").glob(f"{name}-*.dist-info"):
-            return found.name.removeprefix(f"{name}-").removesuffix(".dist-info")
-    return "not installed"
+        with suppress(OSError):
+            for entry in os.listdir(directory or "."):
+                name, dash, version = entry.partition("-")
+                if dash and name in LIBRARIES and version.endswith(".dist-info"):
+                    found.setdefault(name, version.removesuffix(".dist-info"))
+    return {"shardtool": __version__} | {name: found.get(name, "not installed") for name in LIBRARIES}
 
 
 def command_line(direction: str, src: str, options: Mapping[str, Any]) -> list[str]:
