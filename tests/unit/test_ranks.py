@@ -248,6 +248,18 @@ def test_results_are_summed(stores):
     assert together(stores, work) == [{"written": 10 + sum(range(size))}, *[{}] * (size - 1)]
 
 
+def test_two_runs_with_the_store_of_one_agent(monkeypatch):
+    """Two commands in one job of torchrun: the second does not see what the first has left there."""
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in address.items():
+        monkeypatch.setenv(name, value)  # torch reads them there
+    for _ in range(2):
+        clients = [ranks._torch_store(rank, 2, 20, os.environ) for rank in range(2)]
+        assert not clients[0].check(["go"])
+        assert together(clients, work) == [{"written": 11}, {}]
+
+
 @pytest.mark.parametrize("stores", [2], indirect=True)
 def test_other_plans_are_refused(stores):
     errors = together(stores, lambda team: team.begin(f"plan {team.rank}", "stage"))
@@ -376,8 +388,10 @@ def test_ranks_share_the_cores_of_their_node():
 
 
 def test_an_address_is_needed():
+    held = signal.getsignal(signal.SIGTERM)
     with pytest.raises(UsageError, match="MASTER_ADDR and MASTER_PORT"), Ranks({"RANK": "1", "WORLD_SIZE": "2"}):
         pass
+    assert signal.getsignal(signal.SIGTERM) == held
 
 
 def test_shares_are_balanced_and_keep_neighbours_together():

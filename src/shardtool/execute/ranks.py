@@ -3,8 +3,8 @@
 Every rank makes the same plan from the headers and writes its share into one staging directory, on a file system that
 all of them share; rank 0 makes that directory, writes what is left and commits. They speak through the job's store. On
 one node rank 0 serves it (`local_store`). Across nodes it is torch.distributed's TCPStore at MASTER_ADDR:MASTER_PORT,
-which torchrun's agent hosts, or else rank 0: it has been through the networks that jobs meet. Only then torch is
-imported, which takes each process seconds.
+which torchrun's agent hosts, or else rank 0: clusters let that through their firewalls, and it knows their networks.
+Only then torch is imported, which takes each process seconds.
 
 Keys of the store: `here-K` (the digest of rank K's plan), `go` (the staging directory), `beat-K` (a counter that moves
 while rank K is alive), `written-K` (bytes of payload), `done-K` (what it has done), `failed` (the first error), `end`
@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from itertools import count
 from typing import Any, NoReturn, Protocol
 
 from shardtool.errors import ShardtoolError, UsageError, reason, unknown_value
@@ -36,7 +35,6 @@ LOOK = 0.05  # seconds between looks for an error while waiting
 POLL = 0.01  # seconds between looks into torch's store while waiting
 BEAT = 0.25  # seconds between signs of life
 FAREWELL = 5.0  # seconds that a rank waits for the others to have seen the end, or its error
-_RUNS = count()  # runs of this process: each has keys of its own
 
 
 class Store(Protocol):
@@ -98,8 +96,12 @@ class Ranks:
         if self.size > 1:
             if threading.current_thread() is threading.main_thread():
                 self._handler = signal.signal(signal.SIGTERM, _terminated)  # launchers end ranks like that
-            if self._store is None:
-                self._store = _job_store(self.rank, self.size, self._timeout, self._environment)
+            try:
+                if self._store is None:
+                    self._store = _job_store(self.rank, self.size, self._timeout, self._environment)
+            except BaseException:
+                self._restore_handler()
+                raise
             self._thread = threading.Thread(target=self._watch, name="ranks", daemon=True)
             self._thread.start()
         return self
@@ -159,6 +161,9 @@ class Ranks:
         self._part(failed=error is not None)
         if self._store is not None:
             self._store.close()
+        self._restore_handler()
+
+    def _restore_handler(self) -> None:
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
 
@@ -289,7 +294,8 @@ def _torch_store(rank: int, size: int, timeout: float, environment: Mapping[str,
             hint="rank 0 has to run at MASTER_ADDR, and MASTER_PORT has to be free there",
         ) from None
     store.set_timeout(wait)
-    return Polled(PrefixStore(f"shardtool-{next(_RUNS)}", store))
+    # torchrun's agent keeps it for all commands of its job: each rank counts its runs there, so that all agree
+    return Polled(PrefixStore(f"shardtool-{store.add(f'shardtool-runs-{rank}', 1)}", store))
 
 
 class Polled:
