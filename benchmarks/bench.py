@@ -182,17 +182,28 @@ def values(options: argparse.Namespace) -> None:
     measure.remove(copy)
 
 
+def ranks(number: int, command: list[str]) -> list[str]:
+    """A command that starts this many ranks as srun does on one node: at once, and ended with the last."""
+    start = 'for r in $(seq 0 $((SLURM_NTASKS - 1))); do SLURM_PROCID=$r "$@" & pids="$pids $!"; done'
+    script = f"{start}; for p in $pids; do wait $p || exit 1; done"
+    step = [f"SLURM_JOB_ID={os.getpid()}", "SLURM_STEP_ID=0", "SLURM_STEP_NUM_NODES=1", f"SLURM_NTASKS={number}"]
+    return ["env", *step, "sh", "-c", script, "sh", *command]
+
+
 def scaling(options: argparse.Namespace) -> None:
-    """hf2megatron with 1, 2 and 4 threads, and as 1, 2 processes of one thread each under torchrun."""
+    """hf2megatron with 1, 2 and 4 threads, as processes of one thread each, and as such processes under torchrun."""
     base, out = folder(options.work, options.shape, options.gb), options.work / f"out-{options.run}"
-    torchrun = [PYTHON, "-m", "torch.distributed.run", "--no-python"]
+    torchrun = [PYTHON, "-m", "torch.distributed.run", "--no-python", "--standalone"]
     inner = [*WITHOUT_SYNC, *conversion("hf2megatron", base, out, "torch"), "-q", "--no-checksums"]
+    commands = {"cp": ["cp", "-r", str(base / "hf"), str(out)]}
+    commands |= {f"{jobs} threads": [*inner, "--jobs", str(jobs)] for jobs in (1, 2, 4)}
+    for processes in (2, 3):
+        commands[f"{processes} processes"] = ranks(processes, [*inner, "--jobs", "1"])
+    for processes in (1, 2):
+        given = [*torchrun, "--nproc-per-node", str(processes), *inner, "--jobs", "1"]
+        commands[f"{processes} processes, torchrun"] = given
     for number in range(options.rounds):
         measure.warm(base / "hf")
-        commands = {"cp": ["cp", "-r", str(base / "hf"), str(out)]}
-        commands |= {f"{jobs} threads": [*inner, "--jobs", str(jobs)] for jobs in (1, 2, 4)}
-        for processes in (1, 2, 3):
-            commands[f"{processes} processes"] = [*torchrun, "--nproc-per-node", str(processes), *inner, "--jobs", "1"]
         for name, command in commands.items():
             wall, cpu = measure.timed(command, out)
             record(options.results, kind="scaling", shape=options.shape, gb=options.gb, technique=name, wall=wall, cpu=cpu,

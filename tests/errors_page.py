@@ -90,6 +90,9 @@ def _plain(text: str, tmp_path: Path) -> str:
     text = re.sub(r"/\S*?/(tiny|megatron)\d+/([\w-]+)", "MODEL", text)
     text = re.sub(r"last changed at [\d.]+", "last changed at TIME", text)
     text = re.sub(r"process \d+ on \S+", "process PID on HOST", text)
+    text = re.sub(r"/\S*/shardtool-\d+", "TMPDIR/shardtool-UID", text)
+    text = re.sub(r"\w{16}\.sock", "JOB.sock", text)
+    text = re.sub(r"user \d+", "user UID", text)
     text = re.sub(r"\d+ bytes free", "N bytes free", text)
     text = re.sub(r"(127\.0\.0\.1[:, ]+)\d+", r"\1PORT", text)
     text = re.sub(

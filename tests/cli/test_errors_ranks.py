@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
+import tempfile
 import threading
-from collections.abc import Callable
-from datetime import timedelta
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch.distributed import PrefixStore, TCPStore
 
 from shardtool.execute import ranks
+from shardtool.execute.local_store import Guest, Host
+from shardtool.execute.meeting import socket_path
 from spoiled import Refused, TinyModel
 
 Environment = Callable[..., int]
@@ -20,13 +24,14 @@ Environment = Callable[..., int]
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Environment:
-    """Set what a launcher sets; the port that rank 0 would listen at."""
+    """Set what a launcher sets for ranks on one node, in a job of their own; the port that torch would listen at."""
 
     monkeypatch.setattr(ranks, "FAREWELL", 0.1)  # nobody is there to be waited for
 
     def start(rank: object, size: object, *, port: bool = True, timeout: str = "1") -> int:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(size))
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", uuid.uuid4().hex)
         monkeypatch.setenv("SHARDTOOL_RANK_TIMEOUT", timeout)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -38,26 +43,17 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Environment:
     return start
 
 
-def next_run() -> int:
-    """The number of this process's next run, which is in the keys of its store."""
-    return int(ranks._RUNS.__reduce__()[1][0])
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory whose path is short enough for sockets."""
+    directory = Path(tempfile.mkdtemp(prefix="s"))
+    yield directory
+    shutil.rmtree(directory)
 
 
-def agent(port: int, monkeypatch: pytest.MonkeyPatch) -> TCPStore:
-    """The store as torchrun's agent hosts it."""
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    return TCPStore("127.0.0.1", port, None, is_master=True, wait_for_workers=False)
-
-
-def play(port: int, act: Callable[[Any], object]) -> threading.Thread:
-    """Another rank of the next run of this process, which does as little as `act`."""
-    run = next_run()
-
-    def talk() -> None:
-        store = TCPStore("127.0.0.1", port, 2, is_master=False, timeout=timedelta(seconds=20))
-        act(PrefixStore(f"shardtool-{run}", store))
-
-    thread = threading.Thread(target=talk)
+def play(act: Callable[[Guest], object]) -> threading.Thread:
+    """The other rank of the next run, which does as little as `act`."""
+    thread = threading.Thread(target=lambda: act(Guest(socket_path(), 1, 20)))
     thread.start()
     return thread
 
@@ -76,29 +72,101 @@ def test_several_ranks_without_an_address(
     refused(2, "hf2megatron", tiny_model("llama"), tmp_path / "dst", names=("MASTER_ADDR", "MASTER_PORT"))
 
 
+def test_an_unknown_store(
+    launched: Environment, monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel, refused: Refused, tmp_path: Path
+) -> None:
+    launched(0, 2)
+    monkeypatch.setenv("SHARDTOOL_STORE", "redis")
+    refused(2, "hf2megatron", tiny_model("llama"), tmp_path / "dst", names=("SHARDTOOL_STORE", "redis", "local, torch"))
+
+
 def test_the_first_rank_is_not_there(
     launched: Environment, tiny_model: TinyModel, refused: Refused, tmp_path: Path
 ) -> None:
     launched(1, 2)
+    refused(1, "hf2megatron", tiny_model("llama"), tmp_path / "dst", names=("rank 0 is not there", "container"))
+
+
+def test_the_first_rank_is_not_there_with_torchs_store(
+    launched: Environment, monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel, refused: Refused, tmp_path: Path
+) -> None:
+    launched(1, 2)
+    monkeypatch.setenv("SHARDTOOL_STORE", "torch")
     refused(1, "hf2megatron", tiny_model("llama"), tmp_path / "dst", names=("cannot be reached", "127.0.0.1"))
 
 
 def test_the_other_rank_does_not_come(
-    launched: Environment, monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel, refused: Refused, tmp_path: Path
+    launched: Environment, tiny_model: TinyModel, refused: Refused, tmp_path: Path
 ) -> None:
-    host = agent(launched(0, 2), monkeypatch)
+    launched(0, 2)
     refused(1, "hf2megatron", tiny_model("llama"), tmp_path / "dst", names=("rank 1 did not come",))
-    del host
+
+
+def test_another_run_of_the_job_is_under_way(
+    launched: Environment, tiny_model: TinyModel, refused: Refused, tmp_path: Path
+) -> None:
+    launched(0, 2)
+    host = Host(socket_path())
+    refused(2, "hf2megatron", tiny_model("llama"), tmp_path / "dst", names=("process ", "MASTER_PORT"))
+    host.close()
+
+
+def test_others_can_write_where_the_ranks_meet(
+    launched: Environment, monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel, refused: Refused, tmp_path: Path,
+    short: Path,
+) -> None:  # fmt: skip
+    launched(0, 2)
+    monkeypatch.setenv("TMPDIR", str(short))
+    socket_path().parent.chmod(0o777)
+    refused(2, "hf2megatron", tiny_model("llama"), tmp_path / "dst", names=("not safe", "mode 777"))
+
+
+def test_the_ranks_have_no_place_to_meet_in(
+    launched: Environment, monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel, refused: Refused, tmp_path: Path,
+    short: Path,
+) -> None:  # fmt: skip
+    launched(0, 2)
+    monkeypatch.setenv("TMPDIR", str(short))
+    (short / f"shardtool-{os.getuid()}").write_text("a file")
+    refused(2, "hf2megatron", tiny_model("llama"), tmp_path / "dst", names=("cannot be made", "File exists"))
+
+
+def test_a_tmpdir_that_is_too_long_for_a_socket(
+    launched: Environment, monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel, refused: Refused, tmp_path: Path,
+    short: Path,
+) -> None:  # fmt: skip
+    launched(0, 2)
+    (short / ("long" * 30)).mkdir()
+    monkeypatch.setenv("TMPDIR", str(short / ("long" * 30)))
+    refused(2, "hf2megatron", tiny_model("llama"), tmp_path / "dst", names=("too long", "TMPDIR"))
+
+
+def test_the_first_rank_ends(launched: Environment, tiny_model: TinyModel, refused: Refused, tmp_path: Path) -> None:
+    launched(1, 2, timeout="20")
+    model = tiny_model("llama")  # which takes long the first time
+
+    def end() -> None:
+        host.wait("here-1", 20)
+        host.close()
+
+    host = Host(socket_path())
+    thread = threading.Thread(target=end)
+    thread.start()
+    refused(1, "hf2megatron", model, tmp_path / "dst", names=("does not answer",))
+    thread.join()
 
 
 def test_the_launcher_ends(
     launched: Environment, monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel, refused: Refused, tmp_path: Path
 ) -> None:
-    hosts = [agent(launched(1, 2, timeout="20"), monkeypatch)]
-    prefix = f"shardtool-{next_run()}"
+    """It hosts torch's store."""
+    port = launched(1, 2, timeout="20")
+    monkeypatch.setenv("SHARDTOOL_STORE", "torch")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    hosts = [TCPStore("127.0.0.1", port, None, is_master=True, wait_for_workers=False)]
 
     def end() -> None:
-        PrefixStore(prefix, hosts[0]).get("here-1")
+        PrefixStore("shardtool-1", hosts[0]).get("here-1")
         hosts.clear()
 
     thread = threading.Thread(target=end)
@@ -107,7 +175,7 @@ def test_the_launcher_ends(
     thread.join()
 
 
-PLAYED: dict[str, tuple[Callable[[Any], object], str]] = {
+PLAYED: dict[str, tuple[Callable[[Guest], object], str]] = {
     "makes another plan": (
         lambda s: (s.set("written-1", "0"), s.add("beat-1", 1), s.set("here-1", "another")),
         "another plan",
@@ -122,6 +190,8 @@ def test_the_other_rank(
     case: str, launched: Environment, tiny_model: TinyModel, refused: Refused, tmp_path: Path
 ) -> None:
     act, name = PLAYED[case]
-    other = play(launched(0, 2, timeout="3"), act)
-    refused(1, "hf2megatron", tiny_model("llama"), tmp_path / "dst", names=(name,))
+    launched(0, 2, timeout="3")
+    model = tiny_model("llama")  # which takes long the first time
+    other = play(act)
+    refused(1, "hf2megatron", model, tmp_path / "dst", names=(name,))
     other.join()

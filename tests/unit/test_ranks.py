@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from torch.distributed import TCPStore
 
 from shardtool.errors import UsageError
 from shardtool.execute import ranks
-from shardtool.execute.ranks import RankError, Ranks, place, shares
+from shardtool.execute.launcher import cores, neighbours, place
+from shardtool.execute.local_store import Guest, Host
+from shardtool.execute.ranks import Polled, RankError, Ranks, shares
 from shardtool.families.blocks import axis_sizes
 from shardtool.families.registry import family_of
 from shardtool.formats import safetensors_files
@@ -69,9 +72,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def torchrun(size: int, *command: object) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "SHARDTOOL_RANK_TIMEOUT": "30"}
+def torchrun(size: int, *command: object, store: str = "local") -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "SHARDTOOL_RANK_TIMEOUT": "30", "SHARDTOOL_STORE": store}
     given = [*launcher, *map(str, command)]
     return subprocess.run(given, env=settings, capture_output=True, text=True, timeout=120, check=False)
 
@@ -82,11 +85,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_steps(size: int, command: list[object], timeout: str = "30") -> list[subprocess.Popen[str]]:
-    """Processes as srun starts them: no agent, so rank 0 hosts the store."""
-    base = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD", "TORCHELASTIC"))}
-    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "SHARDTOOL_RANK_TIMEOUT": timeout}
-    base |= {"SLURM_STEP_ID": "0", "SLURM_NTASKS": str(size), "OMP_NUM_THREADS": "1"}
+def start_steps(
+    size: int, command: list[object], timeout: str = "30", **settings: object
+) -> list[subprocess.Popen[str]]:
+    """Processes as srun starts them on one node, in a job of their own."""
+    launchers = ("RANK", "WORLD", "LOCAL_WORLD", "TORCHELASTIC", "MASTER", "SLURM")
+    base = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+    base |= {"SLURM_JOB_ID": uuid.uuid4().hex, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "1"}
+    base |= {"SLURM_NTASKS": str(size), "OMP_NUM_THREADS": "1", "SHARDTOOL_RANK_TIMEOUT": timeout}
+    base |= {name: str(value) for name, value in settings.items()}
     return [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
@@ -99,6 +106,16 @@ def start_steps(size: int, command: list[object], timeout: str = "30") -> list[s
     ]
 
 
+def steps_with_torch(command: list[object]) -> list[tuple[int, str, str]]:
+    """Two, whose rank 0 hosts torch's store: at a port that was free a moment ago, so that it may have to be another."""
+    for _ in range(3):
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "SHARDTOOL_STORE": "torch"}
+        done = finish(start_steps(2, command, **address))
+        if "store cannot be reached" not in done[0][2]:
+            break
+    return done
+
+
 def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each."""
     spoken = [process.communicate(timeout=120) for process in processes]
@@ -106,7 +123,7 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]
 
 
 def test_the_bytes_are_the_same_for_any_number_of_ranks(tmp_path, source):
-    """One process, torchrun with 3, and 2 steps of srun, there and back."""
+    """One process, torchrun with 3, and 2 steps of srun with torch's store, there and back."""
     command = ("-m", "shardtool", "hf2megatron", source)
     one = subprocess.run(
         [sys.executable, *map(str, command), tmp_path / "one", *ARGUMENTS, "--json"], capture_output=True, text=True,
@@ -120,7 +137,7 @@ def test_the_bytes_are_the_same_for_any_number_of_ranks(tmp_path, source):
         assert ours[name] == theirs[name]
     assert (ours["processes"], theirs["processes"]) == (1, 3)
     back = ["-m", "shardtool", "megatron2hf", tmp_path / "three", tmp_path / "back", "--max-shard-size", "20kB", "-q"]
-    (first, out, text), (second, nothing, _) = finish(start_steps(2, back))
+    (first, out, text), (second, nothing, _) = steps_with_torch(back)
     assert (first, second, nothing) == (0, 0, ""), text
     assert "tensors in" in out
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["back", "one", "three"]  # nothing else is left
@@ -146,7 +163,7 @@ def check_the_next_run(tmp_path: Path, source: Path, *options: str) -> None:
 def test_a_rank_that_fails_fails_the_run_with_its_message(tmp_path, source):
     (tmp_path / "faulty.py").write_text(FAULTY)
     command = (tmp_path / "faulty.py", "fail", "hf2megatron", source, tmp_path / "out", *ARGUMENTS, "--format", "torch")
-    done = torchrun(2, *command)
+    done = torchrun(2, *command, store="torch")
     assert done.returncode != 0
     assert "error: the cable is out" in done.stderr  # rank 1
     assert "error: rank 1 failed: the cable is out" in done.stderr  # rank 0
@@ -174,14 +191,18 @@ def test_a_killed_rank_under_torchrun(tmp_path, source):
 
 
 @pytest.fixture
-def stores(request):
-    """Clients of a new store."""
-    size = request.param
-    wait = timedelta(seconds=20)
-    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait)
-    clients = [TCPStore("127.0.0.1", host.port, is_master=False, timeout=wait) for _ in range(size)]
-    yield clients
-    del clients, host
+def stores(request, tmp_path_factory):
+    """A store for each rank: their number, and "torch" for those of torch."""
+    size, kind = request.param if isinstance(request.param, tuple) else (request.param, "local")
+    if kind == "torch":
+        wait = timedelta(seconds=20)
+        host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait)
+        yield [Polled(TCPStore("127.0.0.1", host.port, is_master=False, timeout=wait)) for _ in range(size)]
+        return
+    path = tmp_path_factory.mktemp("s") / "socket"
+    host = Host(path)
+    yield [host, *(Guest(path, rank, 20) for rank in range(1, size))]
+    host.close()
 
 
 def together(clients, then, timeout: float = 20, missing: tuple[int, ...] = ()) -> list[object]:
@@ -221,10 +242,22 @@ def work(team: Ranks) -> dict[str, int]:
     return total
 
 
-@pytest.mark.parametrize("stores", [2, 5], indirect=True)
+@pytest.mark.parametrize("stores", [2, 5, (2, "torch"), (5, "torch")], indirect=True)
 def test_results_are_summed(stores):
     size = len(stores)
     assert together(stores, work) == [{"written": 10 + sum(range(size))}, *[{}] * (size - 1)]
+
+
+def test_two_runs_with_the_store_of_one_agent(monkeypatch):
+    """Two commands in one job of torchrun: the second does not see what the first has left there."""
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in address.items():
+        monkeypatch.setenv(name, value)  # torch reads them there
+    for _ in range(2):
+        clients = [ranks._torch_store(rank, 2, 20, os.environ) for rank in range(2)]
+        assert not clients[0].check(["go"])
+        assert together(clients, work) == [{"written": 11}, {}]
 
 
 @pytest.mark.parametrize("stores", [2], indirect=True)
@@ -233,7 +266,7 @@ def test_other_plans_are_refused(stores):
     assert [str(error).splitlines()[0] for error in errors] == ["rank 1 has made another plan than rank 0"] * 2
 
 
-@pytest.mark.parametrize("stores", [3], indirect=True)
+@pytest.mark.parametrize("stores", [3, (3, "torch")], indirect=True)
 def test_an_error_reaches_the_other_ranks_while_they_work(stores):
     def fail(team: Ranks) -> None:
         team.begin("digest", "stage")
@@ -266,7 +299,7 @@ def test_an_error_of_the_first_rank_after_all_shares_are_written(stores):
     ] * 2
 
 
-@pytest.mark.parametrize("stores", [3], indirect=True)
+@pytest.mark.parametrize("stores", [3, (3, "torch")], indirect=True)
 @pytest.mark.parametrize("missing", [0, 2])
 def test_ranks_that_do_not_come(stores, missing, monkeypatch):
     monkeypatch.setattr(ranks, "FAREWELL", 0.1)
@@ -291,10 +324,17 @@ def test_progress_of_other_ranks_is_seen(stores):
     assert sum(seen) == 15
 
 
-def test_a_store_that_is_gone():
-    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    client = TCPStore("127.0.0.1", host.port, is_master=False)
-    del host
+@pytest.mark.parametrize("kind", ["local", "torch"])
+def test_a_store_that_is_gone(kind, tmp_path_factory):
+    if kind == "torch":
+        host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        client = Polled(TCPStore("127.0.0.1", host.port, is_master=False))
+        del host
+    else:
+        path = tmp_path_factory.mktemp("s") / "socket"
+        host = Host(path)
+        client = Guest(path, 1, 20)
+        host.close()
     with (
         pytest.raises(RankError, match="store does not answer"),
         Ranks({"RANK": "1", "WORLD_SIZE": "2", "SHARDTOOL_RANK_TIMEOUT": "5"}, client) as team,
@@ -317,9 +357,41 @@ def test_places():
     assert place({"RANK": "1", "WORLD_SIZE": "2", **slurm}) == (1, 2)  # torchrun in a step of srun
 
 
+SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "4"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "number"),
+    [
+        ({}, 0),
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, 2),
+        ({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost"}, 4),
+        ({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1"}, 0),
+        ({**SRUN, "SLURM_STEP_NUM_NODES": "1", "SLURM_NNODES": "2"}, 4),
+        ({**SRUN, "SLURM_STEP_NUM_NODES": "2", "MASTER_ADDR": "::1"}, 2),
+        ({**SRUN, "SLURM_JOB_NUM_NODES": "3"}, 2),
+        (SRUN, 0),
+        ({**SRUN, "MASTER_ADDR": "localhost"}, 4),
+        ({**SRUN, "SLURM_NNODES": "1", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}, 1),
+    ],
+)
+def test_how_many_ranks_a_node_has(environment, number):
+    assert neighbours(environment) == number
+
+
+def test_ranks_share_the_cores_of_their_node():
+    mine, node = len(os.sched_getaffinity(0)), os.cpu_count()
+    assert cores({}) == min(mine, node)
+    assert cores({"RANK": "1", "WORLD_SIZE": "999", "MASTER_ADDR": "localhost"}) == 1
+    assert cores({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}) == max(1, min(mine, node // 2))
+    assert cores({**SRUN, "SLURM_STEP_NUM_NODES": "1", "SLURM_CPUS_ON_NODE": "4"}) == 1
+
+
 def test_an_address_is_needed():
+    held = signal.getsignal(signal.SIGTERM)
     with pytest.raises(UsageError, match="MASTER_ADDR and MASTER_PORT"), Ranks({"RANK": "1", "WORLD_SIZE": "2"}):
         pass
+    assert signal.getsignal(signal.SIGTERM) == held
 
 
 def test_shares_are_balanced_and_keep_neighbours_together():

@@ -63,6 +63,7 @@ from shardtool.cli.options import (
     workers,
 )  # fmt: skip
 from shardtool.errors import UsageError
+from shardtool.execute.launcher import place
 from shardtool.execute.staging import check_destination, interruptible, recover
 
 if TYPE_CHECKING:
@@ -256,8 +257,6 @@ def _options(
 
 def ready(src: Path, dst: Path, overwrite: bool) -> None:
     """The target as it has to be before anything is read; what a crash has left there is put right."""
-    from shardtool.execute.ranks import place  # noqa: PLC0415 - not needed for --help
-
     if place()[0] == 0:
         recover(dst, console.say)
     check_destination(src, dst, overwrite=overwrite)

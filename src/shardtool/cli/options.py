@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from shardtool.cli.console import SETTINGS
 from shardtool.errors import UsageError, a_kind, reason
+from shardtool.execute.launcher import cores
 from shardtool.layout.mesh import Mesh
 
 LAYOUT, OUTPUT, COMMON = "Parallel layout", "Output", "Common"
@@ -156,9 +156,7 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.", callb
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more.", callback=_set("verbose"), is_eager=True, rich_help_panel=COMMON)]
 # fmt: on
 
-# processes on one machine share its cores; torchrun tells how many there are
-_LOCAL = os.environ.get("LOCAL_WORLD_SIZE", "1")
-DEFAULT_JOBS = max(1, min(4, (os.cpu_count() or 1) // (int(_LOCAL) if _LOCAL.isdecimal() and int(_LOCAL) else 1)))
+DEFAULT_JOBS = min(4, cores())
 
 
 def mesh(

@@ -1,14 +1,15 @@
 """Several processes, one conversion: the ranks of torchrun or srun, who write their shares of the files.
 
 Every rank makes the same plan from the headers and writes its share into one staging directory, on a file system that
-all of them share; rank 0 makes that directory, writes what is left and commits. They speak through the job's store
-(torch.distributed's TCPStore at MASTER_ADDR:MASTER_PORT), which torchrun's agent hosts, or else rank 0. Only the
-processes of such a run import torch.
+all of them share; rank 0 makes that directory, writes what is left and commits. They speak through the job's store. On
+one node rank 0 serves it (`local_store`). Across nodes it is torch.distributed's TCPStore at MASTER_ADDR:MASTER_PORT,
+which torchrun's agent hosts, or else rank 0: clusters let that through their firewalls, and it knows their networks.
+Only then torch is imported, which takes each process seconds.
 
 Keys of the store: `here-K` (the digest of rank K's plan), `go` (the staging directory), `beat-K` (a counter that moves
 while rank K is alive), `written-K` (bytes of payload), `done-K` (what it has done), `failed` (the first error), `end`
-(committed), `left` (how many have seen the end or the error). Nothing blocks: waits look again and again, so that an
-error or a rank that has fallen silent ends them.
+(committed), `left` (how many have seen the end or the error), `gone` (all have). Waits are short and begin again, so
+that an error or a rank that has fallen silent ends them. Rank 0 watches the others, and they watch rank 0.
 """
 
 from __future__ import annotations
@@ -21,46 +22,39 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from itertools import count
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
-from shardtool.errors import ShardtoolError, UsageError
+from shardtool.errors import ShardtoolError, UsageError, reason, unknown_value
+from shardtool.execute.launcher import neighbours, place
 
 TIMEOUT_VARIABLE = "SHARDTOOL_RANK_TIMEOUT"
+STORE_VARIABLE = "SHARDTOOL_STORE"
+STORES = ("local", "torch")
 TIMEOUT = 300.0  # seconds without a sign of life
-POLL = 0.01  # seconds between looks while waiting
+LOOK = 0.05  # seconds between looks for an error while waiting
+POLL = 0.01  # seconds between looks into torch's store while waiting
 BEAT = 0.25  # seconds between signs of life
 FAREWELL = 5.0  # seconds that a rank waits for the others to have seen the end, or its error
-_RUNS = count()  # runs of this process: each has keys of its own
+
+
+class Store(Protocol):
+    """What the ranks need of a store; all but `wait` and `close` as TCPStore has it."""
+
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def check(self, keys: Sequence[str]) -> bool: ...
+    def add(self, key: str, number: int) -> int: ...
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes: ...
+    def wait(self, key: str, seconds: float) -> bool:
+        """Whether a key is set, now or within these seconds."""
+
+    def close(self) -> None: ...
 
 
 class RankError(ShardtoolError):
     """Another rank failed, or is gone. Exit code 1."""
 
     kind = "rank"
-
-
-def place(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """(rank, number of ranks) of this process: (0, 1) without a launcher. UsageError where they make no sense.
-
-    RANK and WORLD_SIZE as torchrun sets them, else SLURM_PROCID and SLURM_NTASKS in a job step that srun has started.
-    """
-    names = ("RANK", "WORLD_SIZE")
-    if "RANK" not in environment and "WORLD_SIZE" not in environment and "SLURM_STEP_ID" in environment:
-        names = ("SLURM_PROCID", "SLURM_NTASKS")
-    given = [environment.get(name, default) for name, default in zip(names, "01", strict=True)]
-    try:
-        rank, size = map(int, given)
-    except ValueError:
-        rank, size = -1, 0
-    if not 0 <= rank < size:
-        raise UsageError(
-            f"{names[0]} and {names[1]} in the environment make no sense",
-            expected=f"0 <= {names[0]} < {names[1]}, as the launcher sets them",
-            found=" ".join(f"{name}={environment.get(name)}" for name in names),
-            hint="unset both to run one process",
-        )
-    return rank, size
 
 
 def shares(files: Sequence[tuple[str, int]], size: int) -> dict[str, int]:
@@ -79,7 +73,7 @@ class Ranks:
     Raises RankError from its methods when another rank has failed. Of one rank alone it does nothing.
     """
 
-    def __init__(self, environment: Mapping[str, str] = os.environ, store: Any = None) -> None:
+    def __init__(self, environment: Mapping[str, str] = os.environ, store: Store | None = None) -> None:
         self.rank, self.size = place(environment)
         self.written = 0  # bytes of payload, for the others to see
         self.on_progress: Callable[[int], None] | None = None  # told the bytes that other ranks have written since
@@ -102,8 +96,12 @@ class Ranks:
         if self.size > 1:
             if threading.current_thread() is threading.main_thread():
                 self._handler = signal.signal(signal.SIGTERM, _terminated)  # launchers end ranks like that
-            if self._store is None:
-                self._store = _job_store(self.rank, self.size, self._timeout, self._environment)
+            try:
+                if self._store is None:
+                    self._store = _job_store(self.rank, self.size, self._timeout, self._environment)
+            except BaseException:
+                self._restore_handler()
+                raise
             self._thread = threading.Thread(target=self._watch, name="ranks", daemon=True)
             self._thread.start()
         return self
@@ -161,6 +159,11 @@ class Ranks:
         if self._thread is not None:
             self._thread.join()
         self._part(failed=error is not None)
+        if self._store is not None:
+            self._store.close()
+        self._restore_handler()
+
+    def _restore_handler(self) -> None:
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
 
@@ -168,14 +171,13 @@ class Ranks:
         """Leave. Whose end would be that of the others (rank 0 may host the store; a launcher ends all ranks when one
         has failed) waits until they have seen what there is to see.
         """
-        until = time.monotonic() + FAREWELL
         with contextlib.suppress(RankError):
             if self._store is None or self._thread is None:
                 return
-            left = self._call("add", "left", 1)
-            while (self.first or failed) and left < self.size and time.monotonic() < until:
-                time.sleep(POLL)
-                left = self._call("add", "left", 0)
+            if self._call("add", "left", 1) == self.size:
+                self._set("gone", "1")
+            elif self.first or failed:
+                self._call("wait", "gone", FAREWELL)
 
     # --- the store -----------------------------------------------------------------------------------------------
 
@@ -183,9 +185,8 @@ class Ranks:
         """The value of a key that another rank will set."""
         while True:
             self.check()
-            if self._call("check", [key]):
-                return str(self._call("get", key).decode())
-            time.sleep(POLL)
+            if self._call("wait", key, LOOK):
+                return os.fsdecode(self._call("get", key))
 
     def _set(self, key: str, value: str) -> None:
         self._call("set", key, value)
@@ -215,10 +216,10 @@ class Ranks:
 
     def _look(self, started: float) -> None:
         if self._call("check", ["failed"]):
-            raise RankError(self._call("get", "failed").decode(), hint="the output of that rank says more")
+            raise RankError(os.fsdecode(self._call("get", "failed")), hint="the output of that rank says more")
         now, new = time.monotonic(), 0
-        for rank in range(self.size):
-            if rank == self.rank or self._call("check", [f"done-{rank}"]):
+        for rank in range(1, self.size) if self.first else (0,):
+            if self._call("check", [f"done-{rank}"]):
                 continue
             beat = self._call("add", f"beat-{rank}", 0)
             counter, written, since = self._seen.get(rank, (0, 0, started))
@@ -243,8 +244,34 @@ class Ranks:
         raise RankError(f"rank {rank} did not come", expected=expected, hint="start all ranks of WORLD_SIZE")
 
 
-def _job_store(rank: int, size: int, timeout: float, environment: Mapping[str, str]) -> Any:
-    """The store of the job, as torch.distributed's env:// finds it: torchrun's agent hosts it, or rank 0 does."""
+def _job_store(rank: int, size: int, timeout: float, environment: Mapping[str, str]) -> Store:
+    """The store of the job: on one node a local one, otherwise torch's. SHARDTOOL_STORE can say which."""
+    wanted = environment.get(STORE_VARIABLE, "local" if neighbours(environment) == size else "torch")
+    if wanted not in STORES:
+        raise unknown_value(STORE_VARIABLE, wanted, STORES)
+    if wanted == "torch":
+        return _torch_store(rank, size, timeout, environment)
+    # sockets, which a run of one process does without
+    from shardtool.execute.local_store import Guest, Host  # noqa: PLC0415
+    from shardtool.execute.meeting import SHARED, socket_path  # noqa: PLC0415
+
+    path = socket_path(environment)
+    if rank == 0:
+        return Host(path)
+    try:
+        return Guest(path, rank, timeout)
+    except OSError as error:
+        raise RankError(
+            "rank 0 is not there",
+            where=str(path),
+            expected=f"its socket, within {timeout:.0f} s",
+            found=reason(error),
+            hint=f"see what rank 0 said; where it is in another container, {SHARED}",
+        ) from None
+
+
+def _torch_store(rank: int, size: int, timeout: float, environment: Mapping[str, str]) -> Store:
+    """torch.distributed's, as its env:// finds it: torchrun's agent hosts it, or rank 0 does."""
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise UsageError(
@@ -252,7 +279,7 @@ def _job_store(rank: int, size: int, timeout: float, environment: Mapping[str, s
             expected="the address and a free port of the first rank's node, as torchrun sets them",
             hint="start with torchrun, or export both before srun",
         )
-    # only the ranks of a run of several need torch
+    # only ranks on several nodes need torch
     from torch.distributed.distributed_c10d import PrefixStore  # noqa: PLC0415
     from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415
 
@@ -267,7 +294,27 @@ def _job_store(rank: int, size: int, timeout: float, environment: Mapping[str, s
             hint="rank 0 has to run at MASTER_ADDR, and MASTER_PORT has to be free there",
         ) from None
     store.set_timeout(wait)
-    return PrefixStore(f"shardtool-{next(_RUNS)}", store)
+    # torchrun's agent keeps it for all commands of its job: each rank counts its runs there, so that all agree
+    return Polled(PrefixStore(f"shardtool-{store.add(f'shardtool-runs-{rank}', 1)}", store))
+
+
+class Polled:
+    """A store of torch.distributed, whose own `wait` is deaf to everything else: this one looks again and again."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self.set, self.get, self.check = store.set, store.get, store.check
+        self.add, self.compare_set = store.add, store.compare_set
+
+    def wait(self, key: str, seconds: float) -> bool:
+        """Whether a key is set, now or within these seconds."""
+        until = time.monotonic() + seconds
+        while not (found := self._store.check([key])) and time.monotonic() < until:
+            time.sleep(POLL)
+        return bool(found)
+
+    def close(self) -> None:
+        """It ends with the process, or its agent."""
 
 
 def _terminated(*_: object) -> NoReturn:
