@@ -20,14 +20,14 @@ from shardtool.checkpoint.constants import constant_fills
 from shardtool.checkpoint.identity import Identity, identify
 from shardtool.checkpoint.opened import Opened
 from shardtool.checkpoint.padding import cut_rows, padding_rows
-from shardtool.checkpoint.target import Target, TargetTensor
+from shardtool.checkpoint.target import Target, TargetTensor, Write
 from shardtool.errors import CheckpointError, ShardtoolError
 from shardtool.execute import engine, finite, reflink
 from shardtool.execute.digests import Digests, Span, sha256
 from shardtool.execute.lower import source_keys
 from shardtool.execute.memory import Memory
 from shardtool.execute.ranks import Ranks, shares
-from shardtool.execute.staging import Stage, check_destination, recover, staged, write_small
+from shardtool.execute.staging import Stage, check_destination, recover, staged, write_made, write_small
 from shardtool.families.architecture import Architecture
 from shardtool.layout.layout import Key
 from shardtool.manifest import MANIFEST, ManifestFile, command_line, listed, manifest_bytes, tensor_spans, versions
@@ -282,21 +282,25 @@ def _write_last(
             hint="this is a bug in shardtool: report it with the output of `shardtool --debug ...`",
         )
 
-    def put(name: str, data: bytes) -> None:
-        write_small(stage.output / name, data)
-        files[name] = ManifestFile(len(data), sha256(data) if checksums else "")
+    def put(name: str, make: Callable[[Write], object]) -> None:
+        size, digest = write_made(stage.output / name, make)
+        files[name] = ManifestFile(size, digest if checksums else "")
 
     for name, make in prepared.target.last.items():
-        put(below + name, make())
+        put(below + name, make)
     for name, data in carried.files.items():
-        put(below + name, data)
+        put(below + name, partial(_whole, data))
     files |= {name: ManifestFile(len(data), sha256(data) if checksums else "") for name, data in prepared.last.items()}
     command = command_line(prepared.direction, str(identity.path), prepared.options)
     verdict = prepared.verdict.as_dict() if prepared.verdict else None
     write_small(stage.output / MANIFEST, manifest_bytes(command, plan_digest, identity.as_dict(), files, verdict))
     for name, data in prepared.last.items():
-        put(name, data)
+        put(name, partial(_whole, data))
     return ((f"carried over: {', '.join(carried.files)}",) if carried.files else ()) + carried.notes
+
+
+def _whole(data: bytes, write: Write) -> None:
+    write(data)
 
 
 DIVERGED = "the ranks are not of one save, or a rank diverged during training"

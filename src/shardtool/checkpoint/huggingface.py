@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from shardtool.checkpoint.consistency import check_architecture
 from shardtool.checkpoint.opened import Header, Opened, account
 from shardtool.checkpoint.quantised import dequantised
-from shardtool.checkpoint.target import Target, TargetTensor
+from shardtool.checkpoint.target import Places, Target, TargetTensor, Write
 from shardtool.errors import UsageError, in_words, located, no_model
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import axis_sizes
@@ -170,20 +170,25 @@ def huggingface_target(
     groups = safetensors_files.split_by_size(specs, max_shard_size)
     names = safetensors_files.shard_names(len(groups))
     skeletons: dict[str, Skeleton] = {}
-    places: dict[Key, tuple[str, Hashable]] = {}
+    files: dict[str, str] = {}
     for name, group in zip(names, groups, strict=True):
         wanted = (
             {spec[0]: residues[key] for spec in group if (key := ("", spec[0], ())) in residues} if residues else {}
         )
         skeletons[name] = safetensors_files.skeleton(group, residues=wanted)
-        places.update({("", spec[0], ()): (name, spec[0]) for spec in group})
-    last = {}
+        files.update(dict.fromkeys([spec[0] for spec in group], name))
+    last: dict[str, Callable[[Write], object]] = {}
     if len(groups) > 1:
-        weight_map = {spec[0]: name for name, group in zip(names, groups, strict=True) for spec in group}
         size = sum(prod(spec[1]) * ITEMSIZE[spec[2]] for spec in specs)
         count = sum(prod(spec[1]) for spec in specs)
-        last[safetensors_files.INDEX] = partial(safetensors_files.index_json, weight_map, size, count)
+        last[safetensors_files.INDEX] = partial(_write_index, skeletons, size, count)
+    places = Places([tensor.key for tensor in tensors], lambda key: (files[key[1]], key[1]))
     return Target(skeletons, places, last)
+
+
+def _write_index(skeletons: Mapping[str, Skeleton], size: int, count: int, write: Write) -> None:
+    weight_map = {str(key): name for name, skeleton in skeletons.items() for key in skeleton.payload}
+    write(safetensors_files.index_json(weight_map, size, count))
 
 
 def config_bytes(config: Mapping[str, Any]) -> bytes:

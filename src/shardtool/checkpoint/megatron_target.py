@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
-from shardtool.checkpoint.target import Skeletons, Target, TargetTensor
+from msgspec.structs import replace
+
+from shardtool.checkpoint.target import Places, Skeletons, Target, TargetTensor, Write
 from shardtool.families.architecture import Architecture
 from shardtool.formats import megatron_legacy, torch_dist_out
-from shardtool.formats.stored import Skeleton
+from shardtool.formats.stored import Payload, Skeleton
 from shardtool.formats.torch_dist import METADATA, ChunkRef, Extent, GlobalTensor
 from shardtool.layout.layout import Key, Layout
 from shardtool.layout.megatron import dist_name, rank_grid
@@ -69,9 +71,7 @@ def legacy_target(
         }
         return megatron_legacy.rank_skeleton(held, specs, iteration, extra, wanted)
 
-    places: dict[Key, tuple[str, Hashable]] = {
-        tensor.key: (tensor.key[0], (tensor.key[2][0], tensor.key[1])) for tensor in tensors
-    }
+    places = Places([tensor.key for tensor in tensors], lambda key: (key[0], (key[2][0], key[1])))
     return Target(Skeletons({file: partial(skeleton, file) for file in by_file}), places)
 
 
@@ -106,38 +106,33 @@ def dist_target(
     by_file: dict[str, list[TargetTensor]] = defaultdict(list)
     for tensor in tensors:
         by_file[tensor.key[0]].append(tensor)
-    objects_file = "__0_1.distcp"
+    files, objects_file = list(by_file), "__0_1.distcp"
 
     @cache
     def shard(file: str) -> tuple[Skeleton, list[tuple[int, int]]]:
-        held = [(tensor.key[1], tensor.key[2], _chunk_sizes(tensor), tensor.dtype) for tensor in by_file[file]]
+        tensors = by_file.pop(file)  # the skeleton says all that is asked later
+        held = [(tensor.key[1], tensor.key[2], _chunk_sizes(tensor), tensor.dtype) for tensor in tensors]
         wanted = (
-            {tensor.key[1:]: residues[tensor.key] for tensor in by_file[file] if tensor.key in residues}
-            if residues
-            else {}
+            {tensor.key[1:]: residues[tensor.key] for tensor in tensors if tensor.key in residues} if residues else {}
         )
-        return torch_dist_out.data_file_skeleton(held, residues=wanted)
+        skeleton, extents = torch_dist_out.data_file_skeleton(held, residues=wanted)
+        keys = (tensor.key for tensor in tensors)  # which are there already
+        return replace(skeleton, payload=dict(zip(keys, skeleton.payload.values(), strict=True))), extents
 
-    @cache
     def states() -> tuple[Skeleton, dict[str, Extent]]:
         blob, names = torch_dist_out.extra_state_blob(), _extra_objects(layout.rules, a)
         skeleton, extents = torch_dist_out.data_file_skeleton([], [(name, blob) for name in names])
         return skeleton, {name: Extent(objects_file, *extent) for name, extent in zip(names, extents, strict=True)}
 
-    @cache
-    def metadata() -> bytes:
-        extents = {file: shard(file)[1] for file in by_file}
-        return torch_dist_out.metadata_bytes(_global_tensors(by_file, extents), states()[1])
-
-    makers: dict[str, Callable[[], Skeleton]] = {file: partial(_first, partial(shard, file)) for file in by_file}
-    places: dict[Key, tuple[str, Hashable]] = {
-        tensor.key: (tensor.key[0], (tensor.key[1], tensor.key[2])) for tensor in tensors
+    makers: dict[str, Callable[[], Skeleton]] = {file: partial(_first, partial(shard, file)) for file in files}
+    last: dict[str, Callable[[Write], object]] = {
+        METADATA: lambda write: torch_dist_out.write_metadata(
+            _GlobalTensors({file: shard(file) for file in files}), states()[1], write
+        ),
+        COMMON_FILE: lambda write: write(torch_dist_out.common_bytes({**args, "iteration": iteration}, iteration)),
+        METADATA_JSON_FILE: lambda write: write(torch_dist_out.METADATA_JSON),
     }
-    last: dict[str, Callable[[], bytes]] = {
-        METADATA: metadata,
-        COMMON_FILE: lambda: torch_dist_out.common_bytes({**args, "iteration": iteration}, iteration),
-        METADATA_JSON_FILE: lambda: torch_dist_out.METADATA_JSON,
-    }
+    places = Places([tensor.key for tensor in tensors], lambda key: (key[0], key))
     return Target(Skeletons({**makers, objects_file: partial(_first, states)}), places, last)
 
 
@@ -150,24 +145,32 @@ def _chunk_sizes(tensor: TargetTensor) -> tuple[int, ...]:
     return (1,) * (len(tensor.key[2]) - len(tensor.shape)) + tensor.shape
 
 
-def _global_tensors(
-    by_file: Mapping[str, Sequence[TargetTensor]], extents: Mapping[str, Sequence[tuple[int, int]]]
-) -> dict[str, GlobalTensor]:
-    """What `.metadata` says of the tensors, from the (position, length) of each chunk's blob in its file."""
-    chunks: dict[str, list[ChunkRef]] = defaultdict(list)
-    for file, tensors in by_file.items():
-        for tensor, place in zip(tensors, extents[file], strict=True):
-            chunks[tensor.key[1]].append(
-                ChunkRef(tensor.key[2], _chunk_sizes(tensor), tensor.dtype, Extent(file, *place), tensor.key[1])
-            )
-    return {
-        name: GlobalTensor(
-            tuple(max(chunk.offsets[dim] + chunk.sizes[dim] for chunk in held) for dim in range(len(held[0].sizes))),
-            held[0].dtype,
-            tuple(held),
-        )
-        for name, held in chunks.items()
-    }
+class _GlobalTensors(Mapping[str, GlobalTensor]):
+    """What `.metadata` says of the tensors, made one by one.
+
+    `files` are the skeleton of each file, payload by key, and the (position, length) of each chunk's blob there.
+    """
+
+    def __init__(self, files: Mapping[str, tuple[Skeleton, Sequence[tuple[int, int]]]]) -> None:
+        self._chunks: dict[str, list[tuple[Any, Payload, tuple[int, int]]]] = defaultdict(list)
+        for skeleton, extents in files.values():
+            for (key, payload), place in zip(skeleton.payload.items(), extents, strict=True):
+                self._chunks[cast("Key", key)[1]].append((key, payload, place))
+
+    def __getitem__(self, name: str) -> GlobalTensor:
+        chunks = tuple([
+            ChunkRef(offsets, payload.shape, payload.dtype, Extent(file, *place), name)
+            for (file, _, offsets), payload, place in self._chunks[name]
+        ])  # fmt: skip
+        dims = range(len(chunks[0].sizes))
+        shape = tuple([max([chunk.offsets[dim] + chunk.sizes[dim] for chunk in chunks]) for dim in dims])
+        return GlobalTensor(shape, chunks[0].dtype, chunks)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._chunks)
+
+    def __len__(self) -> int:
+        return len(self._chunks)
 
 
 def _extra_objects(rules: Sequence[Rule], a: Architecture) -> list[str]:

@@ -16,7 +16,7 @@ from shardtool.formats.stored import ITEMSIZE, Stored
 from shardtool.layout.layout import Key, Layout
 
 
-class Header(Struct, frozen=True):
+class Header(Struct, frozen=True, gc=False):
     """Shape and dtype of one stored tensor."""
 
     shape: tuple[int, ...]

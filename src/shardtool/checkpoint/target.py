@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct, field
 
@@ -44,14 +44,36 @@ class Skeletons(Mapping[str, Skeleton]):
         return len(self._makers)
 
 
+class Places(Mapping[Key, tuple[str, Hashable]]):
+    """Where tensors are: their keys, and a function from a key to its file and place there, made when asked for."""
+
+    def __init__(self, keys: Sequence[Key], find: Callable[[Key], tuple[str, Hashable]]) -> None:
+        """`find` is asked for `keys` alone."""
+        self._keys = keys
+        self._find = find
+
+    def __getitem__(self, key: Key) -> tuple[str, Hashable]:
+        return self._find(key)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+Write = Callable[[bytes], object]
+
+
 class Target(Struct, frozen=True):
-    """Files before their payload. `places` finds a tensor in a skeleton; `last` are small files written at the end, in
-    order, each made when it is needed: that of a large model takes as long as its plan.
+    """Files before their payload. `places` finds a tensor in a skeleton; `last` are files written at the end, in
+    order, each made when it is needed and handed over piece by piece: that of a large model takes as long as its plan,
+    and is large.
     """
 
     skeletons: Mapping[str, Skeleton]
     places: Mapping[Key, tuple[str, Hashable]]
-    last: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+    last: Mapping[str, Callable[[Write], object]] = field(default_factory=dict)
 
     def payload(self, key: Key) -> tuple[str, Payload]:
         """The file of a tensor and its place there."""
@@ -71,9 +93,10 @@ class Target(Struct, frozen=True):
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
-        return sum(skeleton.size for skeleton in self.skeletons.values()) + sum(
-            len(make()) for make in self.last.values()
-        )
+        sizes = [skeleton.size for skeleton in self.skeletons.values()]
+        for make in self.last.values():
+            make(lambda piece: sizes.append(len(piece)))
+        return sum(sizes)
 
 
 def target_tensors(plan: Plan, dtypes: Mapping[int, str]) -> list[TargetTensor]:

@@ -8,7 +8,8 @@ import os
 import queue
 import resource
 import threading
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -64,7 +65,7 @@ class Files:
         self._lock = threading.Lock()
         self._descriptors: dict[str, int] = {}
         self._handed: dict[str, int] = {}  # of files that are complete, until they are synced and hashed
-        self._held: dict[str, dict[int, bytes]] = {}
+        self._held: dict[str, _Parts] = {}
         self._last: dict[str, tuple[int, bytes | bytearray]] = {}
         self._sync = _Sync(self._complete) if durable else None
         _allow_open_files()
@@ -84,15 +85,14 @@ class Files:
                 os.ftruncate(descriptor, skeleton.size)
             elif skeleton.size:
                 _allocate(descriptor, skeleton.size)
-            held = dict(skeleton.parts)
-            if 0 in held:
-                self._put(name, descriptor, held.pop(0), 0)
+            held = _Parts(skeleton.parts)
+            if first := held.take(0):
+                self._put(name, descriptor, first, 0)
         except BaseException:
             os.close(descriptor)
             raise
-        if held:
-            last = max(held)
-            self._last[name] = (last, held.pop(last))
+        if last := held.take_last():
+            self._last[name] = last
         self._held[name] = held
         if len(self._descriptors) < OPEN_FILES:
             self._descriptors[name] = descriptor
@@ -146,7 +146,7 @@ class Files:
 
         None where there is none, and for the last part, which waits for the checksums of all payloads.
         """
-        return self._held[name].pop(offset, None)
+        return self._held[name].take(offset)
 
     def patch(self, name: str, data: bytes, offset: int) -> None:
         """Change bytes of the skeleton: in the last part, which is still held, or in the file."""
@@ -192,10 +192,11 @@ class Files:
             self._finished(Finished(name, found.st_size, found.st_mtime_ns, digest))
 
     def _write_held(self, name: str) -> None:
-        parts: dict[int, bytes | bytearray] = dict(self._held.pop(name, {}))
-        parts.update([self._last.pop(name)] if name in self._last else [])
-        for offset, part in parts.items():
+        for offset, part in self._held.pop(name).left():
             self.write(name, part, offset)
+        if name in self._last:
+            offset, last = self._last.pop(name)
+            self.write(name, last, offset)
 
     def close(self, *, sync: bool) -> None:
         """With `sync` finish all files: when this returns, each is complete and told of, with `durable` on the device.
@@ -214,6 +215,34 @@ class Files:
         self._handed.clear()
         self._held.clear()
         self._last.clear()
+
+
+class _Parts:
+    """The parts of a skeleton, in order, each to be taken once. Several threads may take different ones."""
+
+    __slots__ = ("_parts", "_taken")
+
+    def __init__(self, parts: Sequence[tuple[int, bytes]]) -> None:
+        self._parts, self._taken = parts, bytearray(len(parts))
+
+    def take(self, offset: int) -> bytes | None:
+        """The part that begins at an offset."""
+        at = bisect_left(self._parts, (offset,))
+        if at == len(self._parts) or self._parts[at][0] != offset or self._taken[at]:
+            return None
+        self._taken[at] = 1
+        return self._parts[at][1]
+
+    def take_last(self) -> tuple[int, bytes] | None:
+        """The last part and its offset."""
+        if not self._parts or self._taken[-1]:
+            return None
+        self._taken[-1] = 1
+        return self._parts[-1]
+
+    def left(self) -> Iterator[tuple[int, bytes]]:
+        """The parts that nobody took, and their offsets."""
+        return (part for part, taken in zip(self._parts, self._taken, strict=True) if not taken)
 
 
 class _Sync:

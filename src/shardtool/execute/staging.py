@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -347,11 +348,25 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def write_small(path: Path, data: bytes) -> None:
     """Write a small file and sync it."""
+    write_made(path, lambda write: write(data))
+
+
+def write_made(path: Path, make: Callable[[Callable[[bytes], object]], object]) -> tuple[int, str]:
+    """Write a file that `make` hands over piece by piece, and sync it: its size and SHA-256."""
+    size, digest = 0, hashlib.sha256()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        file.write(data)
+
+        def write(piece: bytes) -> None:
+            nonlocal size
+            size += len(piece)
+            digest.update(piece)
+            file.write(piece)
+
+        make(write)
         file.flush()
         os.fsync(file.fileno())
+    return size, digest.hexdigest()
 
 
 def _sync_tree(directory: Path) -> None:

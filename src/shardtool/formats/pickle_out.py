@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -25,6 +25,7 @@ _U4 = struct.Struct("<I").pack
 _I4 = struct.Struct("<i").pack
 _F8 = struct.Struct(">d").pack
 _SHORT_TUPLE = (b")", b"\x85", b"\x86", b"\x87")
+HELD_PARTS = 4096  # opcodes that are collected before they are written
 _ORDERED = Global("collections", "OrderedDict")
 _NAMESPACE = Global("argparse", "Namespace")
 
@@ -59,12 +60,25 @@ class TensorOut(Struct, frozen=True):
     residue: int = -1
 
 
-class _Out:
-    __slots__ = ("append", "globals", "memo", "parts", "storages", "tails")
+class Items(Struct, frozen=True, eq=False):
+    """A list whose items are made while it is written."""
 
-    def __init__(self) -> None:
+    items: Iterable[object]
+
+
+class Pairs(Struct, frozen=True, eq=False):
+    """A dict whose keys and values are made while it is written."""
+
+    pairs: Iterable[tuple[object, object]]
+
+
+class _Out:
+    __slots__ = ("append", "globals", "memo", "parts", "storages", "tails", "write")
+
+    def __init__(self, write: Callable[[bytes], object] | None = None) -> None:
         self.parts: list[bytes] = []
         self.append = self.parts.append
+        self.write = write
         self.memo: dict[object, bytes] = {}
         self.globals: dict[int, tuple[Global, bytes]] = {}
         self.storages: dict[Hashable, tuple[int, TensorOut]] = {}
@@ -75,13 +89,31 @@ def dumps(value: object) -> tuple[bytes, list[TensorOut]]:
     """The pickle of a value, and its tensors: tensor i lies on the storage with key str(i).
 
     Takes None, bool, int, float, str, bytes, list, tuple, set, dict, OrderedDict, argparse.Namespace, Global, DType,
-    Call, Object and TensorOut. Raises TypeError for anything else.
+    Call, Object, TensorOut, Items and Pairs. Raises TypeError for anything else.
     """
     out = _Out()
+    _whole(out, value)
+    return b"".join(out.parts), [tensor for _, tensor in out.storages.values()]
+
+
+def dump(value: object, write: Callable[[bytes], object]) -> None:
+    """Hand the pickle of a value to `write`, piece by piece: it is never in memory as a whole."""
+    out = _Out(write)
+    _whole(out, value)
+    write(b"".join(out.parts))
+
+
+def _whole(out: _Out, value: object) -> None:
     out.append(b"\x80\x02")
     _emit(out, value)
     out.append(b".")
-    return b"".join(out.parts), [tensor for _, tensor in out.storages.values()]
+
+
+def _hand_on(out: _Out) -> None:
+    """Write what has been collected: opcodes are small, and each one is an object of its own until then."""
+    if out.write is not None:
+        out.write(b"".join(out.parts))
+        out.parts.clear()
 
 
 def _emit(out: _Out, value: object) -> None:
@@ -110,6 +142,11 @@ def _global(out: _Out, value: Global) -> None:
         out.globals[id(value)] = (value, out.memo[value])
     else:
         out.append(known[1])
+
+
+@lru_cache
+def _torch(name: str) -> Global:
+    return Global("torch", name)  # one object for each: `_global` keeps all that it meets
 
 
 def _ordered(out: _Out, value: OrderedDict[object, object]) -> None:
@@ -198,6 +235,35 @@ def _tuple(out: _Out, value: tuple[object, ...]) -> None:
     out.append(_SHORT_TUPLE[len(value)] if short else b"t")
 
 
+def _made_list(out: _Out, value: Items) -> None:
+    out.append(b"]")
+    begun = False
+    for item in value.items:
+        if not begun:
+            out.append(b"(")
+            begun = True
+        _emit(out, item)
+        if len(out.parts) > HELD_PARTS:
+            _hand_on(out)
+    if begun:
+        out.append(b"e")
+
+
+def _made_dict(out: _Out, value: Pairs) -> None:
+    out.append(b"}")
+    begun = False
+    for key, item in value.pairs:
+        if not begun:
+            out.append(b"(")
+            begun = True
+        _emit(out, key)
+        _emit(out, item)
+        if len(out.parts) > HELD_PARTS:
+            _hand_on(out)
+    if begun:
+        out.append(b"u")
+
+
 def _items(out: _Out, value: dict[object, object]) -> None:
     if value:
         out.append(b"(")
@@ -279,8 +345,10 @@ _WRITERS: dict[type, Callable[[_Out, Any], None]] = {
     OrderedDict: _ordered,
     Namespace: _namespace,
     Global: _global,
-    DType: lambda out, value: _global(out, Global("torch", value.name)),
+    DType: lambda out, value: _global(out, _torch(value.name)),
     Call: _call,
     Object: _object,
     TensorOut: _tensor,
+    Items: _made_list,
+    Pairs: _made_dict,
 }

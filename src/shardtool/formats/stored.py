@@ -58,7 +58,7 @@ class Product(Struct, frozen=True):
     bias: Stored | None = None
 
 
-class Stored(Struct, frozen=True):
+class Stored(Struct, frozen=True, gc=False):
     """One tensor's payload: `shape` elements of `dtype` from byte `offset` of `file` (a path that can be opened).
 
     `strides` are in elements; None means row-major and contiguous. A `quantised` tensor's payload is in another form;
@@ -81,7 +81,7 @@ class Stored(Struct, frozen=True):
 BLOCK = 4096  # bytes of a file system's block, as far as layouts care
 
 
-class Payload(Struct, frozen=True):
+class Payload(Struct, frozen=True, gc=False):
     """Where the bytes of one tensor of a file being written go.
 
     `crc_at` are the positions that take the little-endian CRC32 of the payload once it is known (zip formats).

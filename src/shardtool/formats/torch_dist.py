@@ -38,7 +38,7 @@ _CHECKSUMS = ((b"PK\x07\x08", 4), (b"PK\x03\x04", 14), (b"PK\x01\x02", 16))
 _SERIALIZATION_ID = re.compile(rb"\.data/serialization_id(?:FB[^\d]*)?(\d{40})")
 
 
-class Extent(Struct, frozen=True):
+class Extent(Struct, frozen=True, gc=False):
     """Bytes [offset, offset + length) of a file: one torch.save blob."""
 
     file: str
@@ -46,7 +46,7 @@ class Extent(Struct, frozen=True):
     length: int
 
 
-class ChunkRef(Struct, frozen=True):
+class ChunkRef(Struct, frozen=True, gc=False):
     """One chunk of a global tensor, elements [offsets, offsets + sizes), and the blob that holds it."""
 
     offsets: tuple[int, ...]

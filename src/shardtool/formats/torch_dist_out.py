@@ -6,15 +6,15 @@ What megatron-core 0.12 to 0.19 load and torch's FileSystemReader reads: each ch
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from shardtool.formats import torch_zip_out
 from shardtool.formats.inert import DType, Global
 from shardtool.formats.megatron_legacy import namespace
-from shardtool.formats.pickle_out import Call, Object, TensorOut
-from shardtool.formats.pickle_out import dumps as pickle_dumps
+from shardtool.formats.pickle_out import Call, Items, Object, Pairs, TensorOut
+from shardtool.formats.pickle_out import dump as pickle_dump
 from shardtool.formats.stored import BLOCK, Payload, Skeleton
 from shardtool.formats.torch_dist import Extent, GlobalTensor
 
@@ -28,11 +28,16 @@ CONTENT_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix
 
 ChunkSpec = tuple[str, tuple[int, ...], tuple[int, ...], str]  # name, offsets, shape, dtype
 
+GROUPED = 64  # blobs of objects that are one part of a file
 _METADATA = "torch.distributed.checkpoint.metadata"
 _SIZE = Global("torch", "Size")
 _CHUNK = Global(_METADATA, "ChunkStorageMetadata")
 _INDEX = Global(_METADATA, "MetadataIndex")
 _PLACE = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+_TENSOR, _BYTES = Global(_METADATA, "TensorStorageMetadata"), Global(_METADATA, "BytesStorageMetadata")
+_PROPERTIES = Global(_METADATA, "TensorProperties")
+_LAYOUT = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+_CONTIGUOUS = Call(Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
 
 
 def data_file_skeleton(
@@ -47,21 +52,28 @@ def data_file_skeleton(
     (position, length) of every blob: those of the items, then those of the objects.
     """
     wanted = residues or {}
-    size, parts, places, extents = _blobs(
-        tuple([(shape, dtype, wanted.get((name, offsets), -1)) for name, offsets, shape, dtype in items])
-    )
+    asked = ((shape, dtype, wanted.get((name, offsets), -1)) for name, offsets, shape, dtype in items)
+    kinds: dict[tuple[tuple[int, ...], str, int], tuple[tuple[int, ...], str, int]] = {}  # thousands are a few
+    size, parts, places, extents = _blobs(tuple([kinds.setdefault(kind, kind) for kind in asked]))
     payload: dict[Hashable, Payload] = {
         (name, offsets): place for (name, offsets, _, _), place in zip(items, places, strict=True)
     }
     if not objects:
         return Skeleton(size, parts, payload), list(extents)
-    last_at, last = parts[-1] if parts else (0, b"")
     ends, position = list(extents), size
     for _, blob in objects:
         ends.append((position, len(blob)))
         position += len(blob)
-    whole = (last_at, last + b"".join(blob for _, blob in objects))
-    return Skeleton(position, (*parts[:-1], whole), payload), ends
+    return Skeleton(position, (*parts, *_object_parts([blob for _, blob in objects], size)), payload), ends
+
+
+def _object_parts(blobs: Sequence[bytes], position: int) -> Iterator[tuple[int, bytes]]:
+    """Blobs of objects one behind the other: most are the same, and so are their groups, which are held once."""
+    known: dict[bytes, bytes] = {}
+    for at in range(0, len(blobs), GROUPED):
+        group = b"".join(blobs[at : at + GROUPED])
+        yield position, known.setdefault(group, group)
+        position += len(group)
 
 
 @lru_cache(maxsize=256)
@@ -72,6 +84,7 @@ def _blobs(
 
     Ranks that differ in nothing but their number have the same.
     """
+    known: dict[bytes, bytes] = {}  # what stands between two payloads recurs: it is held once
     templates: dict[tuple[tuple[int, ...], str, int], Skeleton] = {}
     parts: list[tuple[int, bytes]] = []
     places: list[Payload] = []
@@ -86,7 +99,8 @@ def _blobs(
         place = template.payload[None]
         pending += template.parts[0][1]
         if len(template.parts) == 2:
-            parts.append((pending_at, bytes(pending)))
+            between = bytes(pending)
+            parts.append((pending_at, known.setdefault(between, between)))
             pending, pending_at = bytearray(template.parts[1][1]), position + template.parts[1][0]
         places.append(Payload(position + place.offset, shape, dtype, tuple([position + at for at in place.crc_at])))
         extents.append((position, template.size))
@@ -106,22 +120,41 @@ def extra_state_blob() -> bytes:
     return object_blob(TensorOut(None, "uint8", (0,)))
 
 
-def metadata_bytes(tensors: Mapping[str, GlobalTensor], objects: Mapping[str, Extent]) -> bytes:
-    """The `.metadata` file for these tensors and objects; of the files' paths only the names are written."""
-    entries: dict[str, object] = {}
-    storage: dict[object, object] = {}
-    for name, tensor in tensors.items():
-        entries[name] = _tensor_entry(tensor)
-        for chunk in tensor.chunks:
-            storage[_index(name, chunk.offsets)] = _place(chunk.blob)
-    for name, extent in objects.items():
-        entries[name] = Object(Global(_METADATA, "BytesStorageMetadata"), {})
-        storage[_index(name, None)] = _place(extent)
+def write_metadata(
+    tensors: Mapping[str, GlobalTensor], objects: Mapping[str, Extent], write: Callable[[bytes], object]
+) -> None:
+    """Hand the `.metadata` file for these tensors and objects to `write`, piece by piece.
+
+    Of the files' paths only the names are written. The mappings are gone through twice, one entry at a time: they may
+    make their entries on the way.
+    """
     state = {
-        "state_dict_metadata": entries, "planner_data": None, "storage_data": storage, "storage_meta": None,
-        "version": None,
+        "state_dict_metadata": Pairs(_entries(tensors, objects)), "planner_data": None,
+        "storage_data": Pairs(_places(tensors, objects)), "storage_meta": None, "version": None,
     }  # fmt: skip
-    return pickle_dumps(Object(Global(_METADATA, "Metadata"), state))[0]
+    pickle_dump(Object(Global(_METADATA, "Metadata"), state), write)
+
+
+def _entries(tensors: Mapping[str, GlobalTensor], objects: Mapping[str, Extent]) -> Iterator[tuple[str, object]]:
+    for name, tensor in tensors.items():
+        yield name, _tensor_entry(tensor)
+    for name in objects:
+        yield name, Object(_BYTES, {})
+
+
+def _places(tensors: Mapping[str, GlobalTensor], objects: Mapping[str, Extent]) -> Iterator[tuple[object, object]]:
+    for name, tensor in tensors.items():
+        for chunk in tensor.chunks:
+            yield _index(name, chunk.offsets), _place(chunk.blob)
+    for name, extent in objects.items():
+        yield _index(name, None), _place(extent)
+
+
+def metadata_bytes(tensors: Mapping[str, GlobalTensor], objects: Mapping[str, Extent]) -> bytes:
+    """The `.metadata` file for these tensors and objects."""
+    parts: list[bytes] = []
+    write_metadata(tensors, objects, parts.append)
+    return b"".join(parts)
 
 
 def common_bytes(
@@ -152,13 +185,7 @@ def _place(extent: Extent) -> Object:
 
 
 def _tensor_entry(tensor: GlobalTensor) -> Object:
-    layout = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
-    contiguous = Call(Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
-    properties = (DType(tensor.dtype), layout, False, contiguous, False)
-    chunks = [Object(_CHUNK, {"offsets": _size(chunk.offsets), "sizes": _size(chunk.sizes)}) for chunk in tensor.chunks]
-    state = {
-        "properties": Object(Global(_METADATA, "TensorProperties"), properties),
-        "size": _size(tensor.shape),
-        "chunks": chunks,
-    }
-    return Object(Global(_METADATA, "TensorStorageMetadata"), state)
+    properties = (DType(tensor.dtype), _LAYOUT, False, _CONTIGUOUS, False)
+    chunks = (Object(_CHUNK, {"offsets": _size(chunk.offsets), "sizes": _size(chunk.sizes)}) for chunk in tensor.chunks)
+    state = {"properties": Object(_PROPERTIES, properties), "size": _size(tensor.shape), "chunks": Items(chunks)}
+    return Object(_TENSOR, state)
