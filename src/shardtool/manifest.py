@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
     found: dict[str, str] = {}
     for directory in sys.path:
         with suppress(OSError):
-            for entry in os.listdir(directory or "."):
+            for entry in os.listdir(directory or "."):  # noqa: PTH208 - a Path for each entry costs more than the look
                 name, dash, version = entry.partition("-")
                 if dash and name in LIBRARIES and version.endswith(".dist-info"):
                     found.setdefault(name, version.removesuffix(".dist-info"))
