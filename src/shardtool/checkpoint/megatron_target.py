@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from itertools import product
 from typing import Any
 
-from shardtool.checkpoint.target import Skeletons, Target, TargetTensor
+from shardtool.checkpoint.target import Places, Skeletons, Target, TargetTensor
 from shardtool.families.architecture import Architecture
 from shardtool.formats import megatron_legacy, torch_dist_out
 from shardtool.formats.stored import Skeleton
@@ -69,9 +69,7 @@ def legacy_target(
         }
         return megatron_legacy.rank_skeleton(held, specs, iteration, extra, wanted)
 
-    places: dict[Key, tuple[str, Hashable]] = {
-        tensor.key: (tensor.key[0], (tensor.key[2][0], tensor.key[1])) for tensor in tensors
-    }
+    places = Places(tensors, lambda key: (key[2][0], key[1]))
     return Target(Skeletons({file: partial(skeleton, file) for file in by_file}), places)
 
 
@@ -130,9 +128,7 @@ def dist_target(
         return torch_dist_out.metadata_bytes(_global_tensors(by_file, extents), states()[1])
 
     makers: dict[str, Callable[[], Skeleton]] = {file: partial(_first, partial(shard, file)) for file in by_file}
-    places: dict[Key, tuple[str, Hashable]] = {
-        tensor.key: (tensor.key[0], (tensor.key[1], tensor.key[2])) for tensor in tensors
-    }
+    places = Places(tensors, lambda key: key[1:])
     last: dict[str, Callable[[], bytes]] = {
         METADATA: metadata,
         COMMON_FILE: lambda: torch_dist_out.common_bytes({**args, "iteration": iteration}, iteration),

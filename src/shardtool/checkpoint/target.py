@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct, field
 
@@ -44,6 +44,23 @@ class Skeletons(Mapping[str, Skeleton]):
         return len(self._makers)
 
 
+class Places(Mapping[Key, tuple[str, Hashable]]):
+    """Where the tensors of a target are, for files whose name a tensor's key begins with."""
+
+    def __init__(self, tensors: Sequence[TargetTensor], inner: Callable[[Key], Hashable]) -> None:
+        """`inner` makes the place in the file's skeleton from the key: large models have too many to keep them."""
+        self._tensors, self._inner = tensors, inner
+
+    def __getitem__(self, key: Key) -> tuple[str, Hashable]:
+        return key[0], self._inner(key)
+
+    def __iter__(self) -> Iterator[Key]:
+        return (tensor.key for tensor in self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 class Target(Struct, frozen=True):
     """Files before their payload. `places` finds a tensor in a skeleton; `last` are small files written at the end, in
     order, each made when it is needed: that of a large model takes as long as its plan.
@@ -77,21 +94,24 @@ class Target(Struct, frozen=True):
 
 
 def target_tensors(plan: Plan, dtypes: Mapping[int, str]) -> list[TargetTensor]:
-    """Every tensor of the plan's target in the order of the files; `dtypes` by identity of the piece."""
-    found = []
-    for piece in plan.dst.pieces:
-        shape, dtype = plan.dst.shape(piece), dtypes[id(piece)]
-        found += [(ids, TargetTensor(key, piece, shape, dtype)) for ids, key in piece.keyed()]
-    found.sort(key=lambda item: _order(item[1].piece, item[0]))
-    return [tensor for _, tensor in found]
+    """Every tensor of the plan's target in the order of the files; `dtypes` by identity of the piece.
 
-
-def _order(piece: Piece, ids: tuple[int, ...]) -> tuple[int, tuple[int, ...], str]:
-    """Input embedding, then layer by layer, then what comes after the layers; by name, whatever the family's table."""
-    if ids:
-        return (1, ids, piece.name)
+    Input embedding, then layer by layer, then what comes after the layers; by name, whatever the family's table.
+    """
+    before: list[TargetTensor] = []
+    layers: dict[tuple[int, ...], list[TargetTensor]] = defaultdict(list)
+    after: list[TargetTensor] = []
     early = ("embedding.", "model.embed", "transformer.wte", "transformer.wpe")
-    return (0 if piece.name.startswith(early) and not piece.replica else 2, (), piece.name)
+    # the pieces are sorted, and the ids, but not the tensors, which are many more
+    for piece in sorted(plan.dst.pieces, key=lambda piece: piece.name):
+        shape, dtype = plan.dst.shape(piece), dtypes[id(piece)]
+        if piece.names:
+            for ids, key in piece.keyed():
+                layers[ids].append(TargetTensor(key, piece, shape, dtype))
+        else:
+            found = before if piece.name.startswith(early) and not piece.replica else after
+            found += [TargetTensor(key, piece, shape, dtype) for key in piece.all_keys()]
+    return [*before, *(tensor for ids in sorted(layers) for tensor in layers[ids]), *after]
 
 
 def resolve_dtypes(plan: Plan, headers: Mapping[Key, Header], cast: str | None, where: str = "") -> dict[int, str]:
@@ -100,7 +120,7 @@ def resolve_dtypes(plan: Plan, headers: Mapping[Key, Header], cast: str | None, 
     Rules that keep their dtype are not cast. CheckpointError where sources of different dtypes meet in one tensor
     and no `cast` says what it shall be.
     """
-    of_source = {id(piece): {headers[key].dtype for _, key in piece.keyed()} for piece in plan.src.pieces}
+    of_source = {id(piece): {headers[key].dtype for key in piece.all_keys()} for piece in plan.src.pieces}
     found: dict[int, set[str]] = {id(piece): set() for piece in plan.dst.pieces}
     of_rule: dict[int, set[str]] = defaultdict(set)
     for copy in plan.copies:
@@ -119,7 +139,7 @@ def resolve_dtypes(plan: Plan, headers: Mapping[Key, Header], cast: str | None, 
 
 def _mixed(plan: Plan, headers: Mapping[Key, Header], mixed: set[int], where: str) -> CheckpointError:
     """The source tensors that keep a target tensor from having one dtype: those that have another than most bytes."""
-    keys = {key: None for copy in plan.copies if id(copy.dst) in mixed for _, key in copy.src.keyed()}
+    keys = {key: None for copy in plan.copies if id(copy.dst) in mixed for key in copy.src.all_keys()}
     most = _prevailing(headers[key] for key in keys)
     odd = {key: headers[key].dtype for key in keys if headers[key].dtype != most}
     lines = fold(f"{name}{' in ' + file if file else ''}: {dtype}" for (file, name, _), dtype in odd.items())
