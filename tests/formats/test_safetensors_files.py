@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from filled import content, dtype_name, load, same, sample, write
 from shardtool.errors import CheckpointError
+from shardtool.formats.hf_index import read_index
 from shardtool.formats.safetensors_files import (
     DTYPES,
     index_json,
@@ -231,3 +232,78 @@ def test_the_index_is_what_transformers_writes(tmp_path: Path) -> None:
     assert (
         index_json(index["weight_map"], *(index["metadata"][k] for k in ("total_size", "total_parameters"))) == theirs
     )
+
+
+NAMES = st.sampled_from(["a", "b", "c"])
+SIZES = st.sampled_from([0, 1, 2])
+
+
+@st.composite
+def headers(draw: st.DrawFn) -> str:
+    """Entries of a header, most of them right, some with a name twice, a gap, another order, a wrong kind."""
+    at, entries = 0, []
+    for name in draw(st.lists(NAMES, min_size=1, max_size=3)):
+        size = draw(SIZES)
+        begin = at + draw(st.sampled_from([0, 0, 0, 0, 4, -4]))
+        made = entry(begin, begin + 4 * size, [size], draw(st.sampled_from(["F32", "F32", "F32", "I32", "BF16", "X"])))
+        if draw(st.integers(0, 7)) == 0:
+            wrong = [
+                ("shape", [True]),
+                ("shape", [1.0]),
+                ("shape", 2),
+                ("more", 1),
+                ("dtype", 7),
+                ("data_offsets", [at]),
+            ]
+            made |= [draw(st.sampled_from(wrong))]
+        text = json.dumps(made)
+        if draw(st.integers(0, 15)) == 0:
+            text = text.replace("{", '{"dtype": "F32", ', 1)
+        entries.append(f'"{name}": {text}')
+        at += 4 * size
+    return ", ".join(draw(st.permutations(entries)) if draw(st.booleans()) else entries)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=headers(), payload=st.integers(0, 6), again=st.booleans())
+def test_a_name_with_an_escape_in_the_metadata_changes_nothing(
+    tmp_path_factory: pytest.TempPathFactory, text: str, payload: int, again: bool
+) -> None:
+    """A header is read the same, right or wrong, whether it may be read the quick way or, with an escape, may not."""
+    path = tmp_path_factory.getbasetemp() / "either.safetensors"
+    metadata = ', "__metadata__": {"format": "pt"}' if again else ""
+
+    def told(spelled: str) -> object:
+        raw(
+            path,
+            '{"__metadata__":{"format":"' + spelled + '"},' + text + metadata + "}" + " " * (8 - len(spelled)),
+            4 * payload,
+        )
+        try:
+            return list(read_header(path)[0].items()), read_header(path)[1]
+        except CheckpointError as error:
+            return str(error)
+
+    assert told("pt") == told("\\u0070t")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(NAMES, st.sampled_from(['"x"', '"y"', '"X"', "1"])), max_size=3),
+    metadata=st.sampled_from(["", '"metadata": {"size": 1}, ', '"metadata": {"size": 1, "size": 2}, ', '"metadata": 1, ',
+                              '"weight_map": {}, ', '"weight_map": {"metadata": "x"}, ', '"metadata": {}, "metadata": {}, ']),
+)  # fmt: skip
+def test_an_index_with_an_escape_is_read_the_same(
+    tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]], metadata: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "either.json"
+    entries = ", ".join(f'"{name}": {file}' for name, file in pairs)
+
+    def told(key: str) -> object:
+        path.write_text("{" + metadata + f'"{key}": {{{entries}}}' + "}")
+        try:
+            return list(read_index(path).items())
+        except CheckpointError as error:
+            return str(error)
+
+    assert told("weight_map") == told("weight_ma\\u0070")

@@ -13,6 +13,7 @@ from shardtool.errors import UsageError
 from shardtool.families.architecture import Architecture
 from shardtool.families.blocks import axis_sizes, standard
 from shardtool.layout.chunks import chunked_layout, per_layer_keys
+from shardtool.layout.equation import parse_tensor
 from shardtool.layout.huggingface import huggingface_layout
 from shardtool.layout.layout import NameAxis, Piece
 from shardtool.layout.megatron import Spelling, dist_layout, expert_block, legacy_layout, rank_grid, tp_cuts
@@ -22,6 +23,7 @@ from shardtool.plan.plan import plan
 from worlds import Place, Truth, execute, same, tensors, worlds
 
 LLAMA = Architecture("llama", 4, 16, 4, 2, 4, 12, 10, 32)
+LLAMA_NORM = parse_tensor("h")
 
 
 @settings(max_examples=60, deadline=None)
@@ -49,6 +51,20 @@ def test_legacy_files_are_megatrons_rules(world):
 def test_every_key_comes_with_its_piece():
     layout = Place("legacy", Mesh(tp=2), padded=12).layout(Truth(LLAMA))
     assert list(layout.tensors()) == tensors(layout)
+
+
+@pytest.mark.parametrize("name", ["w", "100%", "{l}", "{l}.{e}", "{e}.{l}", "{e}", "{l}{l}"])
+@pytest.mark.parametrize("part", [(), (2, 0), ("l", "e", 0), ("l", 1, "e"), ("e", "l"), ("l",)])
+def test_all_keys_are_those_of_the_ids(name, part):
+    names = (NameAxis("l", (4, 6, 7), 4), NameAxis("e", (0, 1)))
+    piece = Piece(0, 0, LLAMA_NORM, name, "file", names, part=part)
+    assert list(piece.all_keys()) == [piece.key(ids) for ids in piece.ids()]
+    assert list(piece.keyed()) == [(ids, piece.key(ids)) for ids in piece.ids()]
+
+
+def test_a_name_without_axes_is_one_key():
+    assert list(Piece(0, 0, LLAMA_NORM, "w", part=(1,)).all_keys()) == [("", "w", (1,))]
+    assert list(Piece(0, 0, LLAMA_NORM, "w", names=(NameAxis("l", ()),)).all_keys()) == []
 
 
 def test_legacy_by_hand():

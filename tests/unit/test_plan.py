@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -194,6 +195,15 @@ def test_the_digest_changes_with_every_option():
     digests += [plan(hf(a), legacy(a, Mesh(), padded=16), pad=pad).digest() for pad in ("last", "mean")]
     digests += [plan(hf(b), hf(b)).digest() for b in (replace(a, tied=True), replace(a, num_layers=5))]
     assert len(set(digests)) == len(digests)
+
+
+@EXAMPLES
+@given(worlds(2))
+def test_the_digest_is_that_of_the_plain_data(world):
+    truth, (src, dst) = world
+    made = plan(src.layout(truth), dst.layout(truth))
+    text = json.dumps(made.as_dict(), sort_keys=True)
+    assert made.digest() == hashlib.sha256(text.encode()).hexdigest()
 
 
 SCRIPT = """

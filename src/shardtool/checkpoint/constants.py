@@ -24,7 +24,7 @@ def constant_fills(plan: Plan, target: Target) -> dict[Key, bytes]:
     found = {}
     for piece in plan.dst.pieces:
         if piece.constant:
-            for _, key in piece.keyed():
+            for key in piece.all_keys():
                 kind = numpy_dtype(target.payload(key)[1].dtype, values=True)
                 found[key] = numpy().asarray(piece.constant).astype(kind).tobytes()
     return found
@@ -37,7 +37,7 @@ def broken_constants(source: Opened) -> list[str]:
     try:
         for piece in source.layout.pieces:
             if piece.constant is not None:
-                for _, key in piece.keyed():
+                for key in piece.all_keys():
                     stored = source.locate(key)
                     if any((part != piece.constant).any() for part in _elements(space, stored)):
                         lines.append(f"{key[1]} is not {piece.constant:g} everywhere")

@@ -75,7 +75,12 @@ class Described(Struct, frozen=True):
 
     def headers(self) -> dict[Key, Header]:
         """Shapes and dtypes of the tensors that are there."""
-        return {("", name, ()): Header(item.shape, item.dtype) for name, item in self.stored.items()}
+        known: dict[tuple[tuple[int, ...], str], Header] = {}  # they are few, the tensors many
+        for item in self.stored.values():
+            kind = (item.shape, item.dtype)
+            if kind not in known:
+                known[kind] = Header(*kind)
+        return {("", name, ()): known[item.shape, item.dtype] for name, item in self.stored.items()}
 
     def locate(self, key: Key) -> Stored:
         """A tensor's payload."""
@@ -138,7 +143,7 @@ def open_model(path: Path, config: Mapping[str, Any], family: Family, architectu
 def _opened(path: Path, said: Described) -> HuggingFace:
     layout, found = said.layout(), said.headers()
     ignored = account(layout, found, str(path), said.family.ignored)
-    headers = {key: found[key] for key, _ in layout.tensors()}
+    headers = {key: found[key] for piece in layout.pieces for key in piece.all_keys()}
     opened = Opened(path, said.architecture, layout, headers, said.locate, ignored)
     return HuggingFace(said.config, said.family, opened)
 

@@ -89,7 +89,7 @@ class Megatron(Struct, frozen=True):
         self._check_global_shapes(rules, a)
         layout = self.layout(rules, axis_sizes(a))
         ignored = account(layout, self.headers, str(self.save.directory), IGNORED)
-        headers = {key: self.headers[key] for key, _ in layout.tensors()}
+        headers = {key: self.headers[key] for piece in layout.pieces for key in piece.all_keys()}
         return Opened(self.path, a, layout, headers, self.locate, (*self.ignored, *ignored), self.place)
 
     def _check_global_shapes(self, rules: tuple[Rule, ...], a: Architecture) -> None:

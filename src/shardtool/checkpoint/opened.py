@@ -75,7 +75,7 @@ def account(layout: Layout, found: Mapping[Key, Header], where: str, ignore: Ite
     that carry no weights.
     """
     patterns = [re.compile(pattern) for pattern in ignore]
-    count = sum(prod(len(axis.ids) for axis in piece.names) for piece in layout.pieces)
+    count = sum(piece.instances for piece in layout.pieces)
     if count > 2 * len(found) + 1_000_000:  # too many to name them
         raise CheckpointError(
             "the model has far more tensors than the checkpoint", where=where, expected=f"{count} tensors",
@@ -83,12 +83,16 @@ def account(layout: Layout, found: Mapping[Key, Header], where: str, ignore: Ite
         )  # fmt: skip
     expected: dict[Key, tuple[int, ...]] = {}
     for piece in layout.pieces:
-        shape = layout.shape(piece)
-        for _, key in piece.keyed():
-            expected[key] = shape
-    missing = [key for key in expected if key not in found]
-    wrong = [key for key, shape in expected.items() if key in found and found[key].shape != shape]
-    extra = [key for key in found if key not in expected]
+        expected |= dict.fromkeys(piece.all_keys(), layout.shape(piece))
+    missing, wrong = [], []
+    for key, shape in expected.items():
+        header = found.get(key)
+        if header is None:
+            missing.append(key)
+        elif header.shape != shape:
+            wrong.append(key)
+    # where all are there, and no more, none is left to be looked at
+    extra = [key for key in found if key not in expected] if missing or len(found) != len(expected) else []
     ignored = [key for key in extra if any(pattern.fullmatch(key[1]) for pattern in patterns)]
     unread = sorted(set(extra) - set(ignored))
     if missing or wrong or unread:

@@ -100,21 +100,24 @@ class Target(Struct, frozen=True):
 
 
 def target_tensors(plan: Plan, dtypes: Mapping[int, str]) -> list[TargetTensor]:
-    """Every tensor of the plan's target in the order of the files; `dtypes` by identity of the piece."""
-    found = []
-    for piece in plan.dst.pieces:
-        shape, dtype = plan.dst.shape(piece), dtypes[id(piece)]
-        found += [(ids, TargetTensor(key, piece, shape, dtype)) for ids, key in piece.keyed()]
-    found.sort(key=lambda item: _order(item[1].piece, item[0]))
-    return [tensor for _, tensor in found]
+    """Every tensor of the plan's target in the order of the files; `dtypes` by identity of the piece.
 
-
-def _order(piece: Piece, ids: tuple[int, ...]) -> tuple[int, tuple[int, ...], str]:
-    """Input embedding, then layer by layer, then what comes after the layers; by name, whatever the family's table."""
-    if ids:
-        return (1, ids, piece.name)
+    Input embedding, then layer by layer, then what comes after the layers; by name, whatever the family's table.
+    """
+    before: list[TargetTensor] = []
+    layers: dict[tuple[int, ...], list[TargetTensor]] = defaultdict(list)
+    after: list[TargetTensor] = []
     early = ("embedding.", "model.embed", "transformer.wte", "transformer.wpe")
-    return (0 if piece.name.startswith(early) and not piece.replica else 2, (), piece.name)
+    # the pieces are sorted, and the ids, but not the tensors, which are many more
+    for piece in sorted(plan.dst.pieces, key=lambda piece: piece.name):
+        shape, dtype = plan.dst.shape(piece), dtypes[id(piece)]
+        if piece.names:
+            for ids, key in piece.keyed():
+                layers[ids].append(TargetTensor(key, piece, shape, dtype))
+        else:
+            found = before if piece.name.startswith(early) and not piece.replica else after
+            found += [TargetTensor(key, piece, shape, dtype) for key in piece.all_keys()]
+    return [*before, *(tensor for ids in sorted(layers) for tensor in layers[ids]), *after]
 
 
 def resolve_dtypes(plan: Plan, headers: Mapping[Key, Header], cast: str | None, where: str = "") -> dict[int, str]:
@@ -123,7 +126,7 @@ def resolve_dtypes(plan: Plan, headers: Mapping[Key, Header], cast: str | None, 
     Rules that keep their dtype are not cast. CheckpointError where sources of different dtypes meet in one tensor
     and no `cast` says what it shall be.
     """
-    of_source = {id(piece): {headers[key].dtype for _, key in piece.keyed()} for piece in plan.src.pieces}
+    of_source = {id(piece): {headers[key].dtype for key in piece.all_keys()} for piece in plan.src.pieces}
     found: dict[int, set[str]] = {id(piece): set() for piece in plan.dst.pieces}
     of_rule: dict[int, set[str]] = defaultdict(set)
     for copy in plan.copies:
@@ -142,7 +145,7 @@ def resolve_dtypes(plan: Plan, headers: Mapping[Key, Header], cast: str | None, 
 
 def _mixed(plan: Plan, headers: Mapping[Key, Header], mixed: set[int], where: str) -> CheckpointError:
     """The source tensors that keep a target tensor from having one dtype: those that have another than most bytes."""
-    keys = {key: None for copy in plan.copies if id(copy.dst) in mixed for _, key in copy.src.keyed()}
+    keys = {key: None for copy in plan.copies if id(copy.dst) in mixed for key in copy.src.all_keys()}
     most = _prevailing(headers[key] for key in keys)
     odd = {key: headers[key].dtype for key in keys if headers[key].dtype != most}
     lines = fold(f"{name}{' in ' + file if file else ''}: {dtype}" for (file, name, _), dtype in odd.items())

@@ -251,7 +251,7 @@ def _copies(differences: Iterable[engine.Difference], side: Side, pair: Pair) ->
 def _dtypes(side: Side, number: int) -> tuple[str, ...]:
     """The dtypes of a rule's tensors."""
     pieces = [piece for piece in side.layout.pieces if piece.rule == number and not piece.replica]
-    return tuple(sorted({side.said.headers[key].dtype for piece in pieces for _, key in piece.keyed()}))
+    return tuple(sorted({side.said.headers[key].dtype for piece in pieces for key in piece.all_keys()}))
 
 
 def _spelled(

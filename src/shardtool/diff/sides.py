@@ -143,14 +143,14 @@ def _without_constants(source: Opened) -> tuple[Layout, dict[Key, Header]]:
     """
     layout = source.layout
     held = [piece for piece in layout.pieces if piece.constant is not None]
-    there = tuple(p for p in held if all(key in source.headers for _, key in p.keyed()))
+    there = tuple(p for p in held if all(key in source.headers for key in p.all_keys()))
     if len(there) < len(held) or broken_constants(replace(source, layout=replace(layout, pieces=there))):
         rules = tuple(replace(rule, constants=()) if rule.constant else rule for rule in layout.rules)
         pieces = tuple(replace(piece, constant=None) for piece in layout.pieces)
         return replace(layout, rules=rules, pieces=pieces), dict(source.headers)
     kept = [number for number, rule in enumerate(layout.rules) if not rule.constant]
     pieces = tuple(replace(p, rule=kept.index(p.rule)) for p in layout.pieces if p.constant is None)
-    gone = {key for piece in held for _, key in piece.keyed()}
+    gone = {key for piece in held for key in piece.all_keys()}
     left = {key: header for key, header in source.headers.items() if key not in gone}
     return replace(layout, rules=tuple(layout.rules[number] for number in kept), pieces=pieces), left
 

@@ -32,9 +32,7 @@ def huggingface_layout(
         for copy in (*rule.aliases, *rule.copies):
             names = _names(rule, copy, sizes)
             piece = Piece(number, 0, rule.equation.left[0], copy, names=names, replica=True, codec=rule.codec(0))
-            wanted = (
-                copy in rule.aliases if present is None else any(piece.key(ids)[1] in present for ids in piece.ids())
-            )
+            wanted = copy in rule.aliases if present is None else any(key[1] in present for key in piece.all_keys())
             if wanted:
                 pieces.append(piece)
     return Layout(rules, 0, sizes, tuple(pieces), description="Hugging Face")

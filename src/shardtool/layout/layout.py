@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from itertools import product
-from math import prod
+from functools import cached_property, lru_cache
+from itertools import product, repeat
 
 from msgspec import Struct, field
 from msgspec.structs import replace
@@ -65,7 +65,10 @@ class Piece(Struct, frozen=True):
     @property
     def instances(self) -> int:
         """The number of stored tensors."""
-        return prod(len(axis.ids) for axis in self.names)
+        count = 1
+        for axis in self.names:
+            count *= len(axis.ids)
+        return count
 
     def ids(self) -> Iterator[tuple[int, ...]]:
         """The ids of the name axes, one tuple per stored tensor."""
@@ -77,16 +80,34 @@ class Piece(Struct, frozen=True):
 
     def keyed(self) -> Iterator[tuple[tuple[int, ...], Key]]:
         """The ids of the name axes and the key of every stored tensor."""
-        key = self.keyer()
-        for ids in self.ids():
-            yield ids, key(ids)
+        return zip(self.ids(), self.all_keys(), strict=True)
+
+    def all_keys(self) -> Iterator[Key]:
+        """The key of every stored tensor, in the order of `ids`."""
+        template, shown = _template(self.name)
+        axes = tuple(axis.axis for axis in self.names)
+        named = tuple(entry for entry in self.part if isinstance(entry, str))
+        if shown not in ((), axes) or named not in ((), axes):  # some axes only, or in another order
+            return map(self.keyer(), self.ids())
+        # large models have a hundred thousand keys: they are made without a step of Python for each
+        names: Iterator[str]
+        parts: Iterator[tuple[int, ...]]
+        if not shown:
+            names = repeat(template % (), self.instances)
+        else:
+            names = map(template.__mod__, product(*([i - axis.shift for i in axis.ids] for axis in self.names)))
+        if named:
+            held = {axis.axis: axis.ids for axis in self.names}
+            parts = product(*(held[entry] if isinstance(entry, str) else (entry,) for entry in self.part))
+        else:
+            parts = repeat(tuple([entry for entry in self.part if isinstance(entry, int)]))
+        return zip(repeat(self.file), names, parts)
 
     def keyer(self) -> Callable[[tuple[int, ...]], Key]:
-        """A function from the ids of the name axes to the key, for many keys of one piece."""
+        """A function from the ids of the name axes to the key, for keys in any order."""
         file, axes = self.file, [axis.axis for axis in self.names]
-        shown = [axes.index(axis) for axis in re.findall(r"\{(\w+)\}", self.name)]
-        name = re.sub(r"\{\w+\}", "%d", self.name.replace("%", "%%"))
-        shifted = [(place, self.names[place].shift) for place in shown]
+        name, letters = _template(self.name)
+        shifted = [(place, self.names[place].shift) for place in map(axes.index, letters)]
         # a place in the ids, or nothing and the number that always stands there
         part = [(axes.index(entry), 0) if isinstance(entry, str) else (None, entry) for entry in self.part]
         fixed = tuple([number for _, number in part])
@@ -104,7 +125,13 @@ class Piece(Struct, frozen=True):
         return key
 
 
-class Layout(Struct, frozen=True):
+@lru_cache(maxsize=4096)
+def _template(name: str) -> tuple[str, tuple[str, ...]]:
+    """A piece's name as a template for numbers, and the axes that these are of."""
+    return re.sub(r"\{\w+\}", "%d", name.replace("%", "%%")), tuple(re.findall(r"\{(\w+)\}", name))
+
+
+class Layout(Struct, frozen=True, dict=True):
     """One side of a plan.
 
     `sizes` are the logical sizes of the axes, `allocated` the stored ones where they are larger (padded vocabulary).
@@ -118,22 +145,34 @@ class Layout(Struct, frozen=True):
     allocated: Mapping[str, int] = field(default_factory=dict)
     description: str = ""
 
-    def stored_sizes(self, piece: Piece) -> dict[str, int]:
+    def stored_sizes(self, piece: Piece) -> Mapping[str, int]:
         """The size of each axis as a piece lays it out."""
-        sizes = {**self.sizes, **self.allocated}
-        sizes.update({name: high - low for name, low, high in piece.ranges})
-        return sizes
+        if not piece.ranges:
+            return self._whole_sizes
+        return {**self._whole_sizes, **{name: high - low for name, low, high in piece.ranges}}
 
     def shape(self, piece: Piece) -> tuple[int, ...]:
         """The shape of the piece's stored tensors."""
         if piece.window is not None:
-            return tuple(high - low for low, high in piece.window)
-        return piece.dims.shape(self.stored_sizes(piece))
+            return tuple([high - low for low, high in piece.window])
+        cut = (piece.dims, piece.ranges)
+        if cut not in self._shapes:
+            self._shapes[cut] = piece.dims.shape(self.stored_sizes(piece))
+        return self._shapes[cut]
+
+    @cached_property
+    def _whole_sizes(self) -> dict[str, int]:
+        return {**self.sizes, **self.allocated}
+
+    @cached_property
+    def _shapes(self) -> dict[tuple[Tensor, tuple[tuple[str, int, int], ...]], tuple[int, ...]]:
+        """The shapes that have been asked for: thousands of pieces differ in their files alone."""
+        return {}
 
     def tensors(self) -> Iterator[tuple[Key, Piece]]:
         """Every stored tensor of the layout with its piece."""
         for piece in self.pieces:
-            for _, key in piece.keyed():
+            for key in piece.all_keys():
                 yield key, piece
 
 

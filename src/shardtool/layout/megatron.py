@@ -199,22 +199,22 @@ class _Legacy(Struct, frozen=True):
 
     def dense(self, number: int, rule: Rule, chunk: Chunk, name: str, names: tuple[NameAxis, ...]) -> Iterator[Piece]:
         """The pieces of a tensor that every expert parallel rank has, tp ranks of it or replicas."""
-        cuts = tp_cuts(rule, self.mesh.tp, self.sizes | self.allocated, local=self.spelling.local_cuts)
+        sizes, target, part = self.sizes | self.allocated, rule.target, (chunk.vpp,)
+        cuts = tp_cuts(rule, self.mesh.tp, sizes, local=self.spelling.local_cuts)
+        held = [
+            ((cut,) if cut else (), None if dim is None else _equal_window(target, sizes, dim, tp, self.mesh.tp))
+            for tp, (cut, dim) in enumerate(cuts)
+        ]
         placed: set[int] = set()
         for (tp, _), _, file in self.ranks(chunk):
-            (cut, dim) = cuts[tp]
-            sizes = self.sizes | self.allocated
-            window = None if dim is None else _equal_window(rule.target, sizes, dim, tp, self.mesh.tp)
-            replica = tp in placed or (cut is None and dim is None and bool(placed))
+            ranges, window = held[tp]
+            replica = tp in placed or (not ranges and window is None and bool(placed))
             placed.add(tp)
-            yield Piece(
-                number, 0, rule.target, name, file, names,
-                (cut,) if cut else (), window, (chunk.vpp,), replica,
-            )  # fmt: skip
+            yield Piece(number, 0, target, name, file, names, ranges, window, part, replica)
 
     def experts(self, number: int, rule: Rule, chunk: Chunk, name: str, names: tuple[NameAxis, ...]) -> Iterator[Piece]:
         """The pieces of an expert's tensor: expert blocks over ep, shards over etp."""
-        cuts = tp_cuts(rule, self.mesh.expert_tp, self.sizes | self.allocated)
+        cuts, target = tp_cuts(rule, self.mesh.expert_tp, self.sizes | self.allocated), rule.target
         placed: set[tuple[int, int]] = set()
         for (_, ep), etp, file in self.ranks(chunk):
             ids = expert_block(self.sizes, self.mesh, ep)
@@ -223,11 +223,11 @@ class _Legacy(Struct, frozen=True):
             replica = shard in placed
             placed.add(shard)
             ranges = (cut,) if cut else ()
-            dims, axes = rule.target, names
+            dims, axes = target, names
             if "{e}" in name:
                 axes = (*names, NameAxis(EXPERT, ids, ids[0]))
             else:  # all local experts in one tensor
-                inner = reversed(rule.target.dims) if self.spelling.experts == "transposed" else rule.target.dims
+                inner = reversed(target.dims) if self.spelling.experts == "transposed" else target.dims
                 dims = Tensor(((EXPERT,), *inner))
                 ranges = ((EXPERT, ids[0], ids[-1] + 1), *ranges)
             yield Piece(number, 0, dims, name, file, axes, ranges, None, (chunk.vpp,), replica)

@@ -20,19 +20,21 @@ def check_written(made: Plan) -> None:
     """Every element of the target is written once: copies of one piece are disjoint, so it is enough to count."""
     written: dict[int, list[tuple[tuple[tuple[int, ...], ...], int]]] = defaultdict(list)
     for copy in made.copies:
-        loops = {loop.axis: loop for loop in copy.loops}
-        free = prod(len(loop.ids) for loop in copy.loops if loop.dst_stride)
-        ids = tuple(loops[name.axis].ids for name in copy.dst.names)
-        written[id(copy.dst)].append((ids, copy.volume * free))
+        loops = {loop.axis: loop.ids for loop in copy.loops}
+        volume = copy.volume
+        for loop in copy.loops:
+            if loop.dst_stride:
+                volume *= len(loop.ids)
+        written[id(copy.dst)].append((tuple([loops[name.axis] for name in copy.dst.names]), volume))
     for fill in made.fills:
-        written[id(fill.piece)].append((tuple(name.ids for name in fill.piece.names), fill.volume))
+        written[id(fill.piece)].append((tuple([name.ids for name in fill.piece.names]), fill.volume))
     problems = []
     for piece in made.dst.pieces:
         if piece.constant is not None:
             continue
         numel = prod(made.dst.shape(piece))
         parts = written[id(piece)]
-        whole = tuple(name.ids for name in piece.names)
+        whole = tuple([name.ids for name in piece.names])
         if all(ids == whole for ids, _ in parts):
             totals = {whole: sum(volume for _, volume in parts)}
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -17,6 +17,9 @@ from shardtool.layout.codecs import Codec, describe
 from shardtool.layout.layout import Key, Layout, Piece
 
 Range = tuple[int, int]
+
+_JSON = json.JSONEncoder(sort_keys=True)
+_HERE = "\0"  # in the place of what is written later; no name has it
 
 
 class Loop(Struct, frozen=True):
@@ -102,47 +105,8 @@ class Plan(Struct, frozen=True, dict=True):
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data (JSON), per rule, layers folded."""
-        rules = []
-        by_rule: dict[int, list[Copy]] = defaultdict(list)
-        for copy in self.copies:
-            by_rule[copy.dst.rule].append(copy)
-        for number, rule in enumerate(self.dst.rules):
-            entries = [
-                {
-                    "component": c.component,
-                    "from": [c.src.file, c.src.name, list(c.src.part)],
-                    "to": [c.dst.file, c.dst.name, list(c.dst.part)],
-                    "shape": list(c.shape),
-                    "axes": list(c.axes),
-                    "from_offset": c.src_offset,
-                    "from_strides": list(c.src_strides),
-                    "to_offset": c.dst_offset,
-                    "to_strides": list(c.dst_strides),
-                    "loops": [[loop.axis, list(loop.ids), loop.src_stride, loop.dst_stride] for loop in c.loops],
-                    "replica": c.dst.replica,
-                    **_codecs(c),
-                }
-                for c in by_rule[number]
-            ]
-            rules.append(
-                {"hf": list(rule.hf), "equation": rule.equation.text, "megatron": rule.megatron, "copies": entries}
-            )
-        region = [
-            {"name": r.piece.name, "file": r.piece.file, "shape": list(r.shape), "offset": r.offset} for r in self.fills
-        ]
-        cut = [
-            {"name": r.piece.name, "file": r.piece.file, "shape": list(r.shape), "offset": r.offset} for r in self.cuts
-        ]
-        return {
-            "from": self.src.description,
-            "to": self.dst.description,
-            "sizes": dict(self.dst.sizes),
-            "rules": rules,
-            "pad": self.pad,
-            "fills": region,
-            "cuts": cut,
-            **_constants(self),
-        }
+        by_rule = self._by_rule()
+        return self._said([[_entry(copy) for copy in by_rule[number]] for number in range(len(self.dst.rules))])
 
     def digest(self) -> str:
         """A hash of everything that the plan says."""
@@ -150,7 +114,78 @@ class Plan(Struct, frozen=True, dict=True):
 
     @cached_property
     def _digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+        """Of the text of `as_dict`, keys sorted. It is longer than all else that a plan is, so it is never there whole."""
+        by_rule, found = self._by_rule(), hashlib.sha256()
+        around = _JSON.encode(self._said([_HERE] * len(self.dst.rules))).split(_JSON.encode(_HERE))
+        for number, text in enumerate(around[:-1]):
+            found.update(f"{text}[{', '.join(_texts(by_rule[number]))}]".encode())
+        found.update(around[-1].encode())
+        return found.hexdigest()
+
+    def _by_rule(self) -> dict[int, list[Copy]]:
+        found: dict[int, list[Copy]] = defaultdict(list)
+        for copy in self.copies:
+            found[copy.dst.rule].append(copy)
+        return found
+
+    def _said(self, copies: Sequence[object]) -> dict[str, Any]:
+        """The plan as plain data, with these as the copies of its rules."""
+        return {
+            "from": self.src.description,
+            "to": self.dst.description,
+            "sizes": dict(self.dst.sizes),
+            "rules": [
+                {"hf": list(rule.hf), "equation": rule.equation.text, "megatron": rule.megatron, "copies": entries}
+                for rule, entries in zip(self.dst.rules, copies, strict=True)
+            ],
+            "pad": self.pad,
+            "fills": [_region(region) for region in self.fills],
+            "cuts": [_region(region) for region in self.cuts],
+            **_constants(self),
+        }
+
+
+def _entry(copy: Copy) -> dict[str, Any]:
+    """A copy as plain data."""
+    return {
+        "component": copy.component,
+        "from": [copy.src.file, copy.src.name, list(copy.src.part)],
+        "to": [copy.dst.file, copy.dst.name, list(copy.dst.part)],
+        "shape": list(copy.shape),
+        "axes": list(copy.axes),
+        "from_offset": copy.src_offset,
+        "from_strides": list(copy.src_strides),
+        "to_offset": copy.dst_offset,
+        "to_strides": list(copy.dst_strides),
+        "loops": [[loop.axis, list(loop.ids), loop.src_stride, loop.dst_stride] for loop in copy.loops],
+        "replica": copy.dst.replica,
+        **_codecs(copy),
+    }
+
+
+def _texts(copies: Iterable[Copy]) -> Iterator[str]:
+    """The copies of one rule as JSON. Most are replicas that differ in the target's file alone."""
+    made: dict[Hashable, tuple[str, str]] = {}
+    for copy in copies:
+        dst = copy.dst
+        alike = (
+            copy.component, id(copy.src), dst.name, dst.part, dst.replica, id(dst.codec), id(dst.component_codecs),
+            copy.axes, copy.shape, copy.src_offset, copy.src_strides, copy.dst_offset, copy.dst_strides, id(copy.loops),
+        )  # fmt: skip
+        if alike not in made:
+            entry = _entry(copy)
+            entry["to"][0] = _HERE
+            before, after = _JSON.encode(entry).split(_JSON.encode(_HERE))
+            made[alike] = before, after
+        before, after = made[alike]
+        yield f"{before}{_JSON.encode(dst.file)}{after}"
+
+
+def _region(region: Region) -> dict[str, Any]:
+    """A region as plain data."""
+    return {
+        "name": region.piece.name, "file": region.piece.file, "shape": list(region.shape), "offset": region.offset,
+    }  # fmt: skip
 
 
 def _constants(plan: Plan) -> dict[str, Any]:

@@ -7,7 +7,7 @@ expanded only when bytes move. It is pure data, made without looking at any tens
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -139,12 +139,17 @@ def _geometry_of(
 def _views_by_rule(layout: Layout, pieces: Iterable[Piece]) -> dict[int, list[_View]]:
     """Every component of every piece, by rule."""
     found: dict[int, list[_View]] = defaultdict(list)
+    # pieces that differ in their names and files alone hold their components alike: a geometry is made once for them
+    alike: dict[Hashable, list[tuple[int, Geometry]]] = {}
     for piece in pieces:
         if piece.constant is not None:
             continue
+        held = (piece.rule, piece.tensor, piece.first, piece.dims, piece.ranges, piece.window)
+        if held not in alike:
+            parts = enumerate(_components(layout, piece))
+            alike[held] = [(component, _geometry(layout, piece, local)) for local, component in parts]
         ids = {name.axis: name.ids for name in piece.names}
-        for local, component in enumerate(_components(layout, piece)):
-            found[piece.rule].append(_View(component, piece, _geometry(layout, piece, local), ids))
+        found[piece.rule] += [_View(component, piece, geometry, ids) for component, geometry in alike[held]]
     return found
 
 
@@ -152,13 +157,32 @@ def _copies(sources: Mapping[int, list[_View]], targets: Mapping[int, list[_View
     """The copies between all views of the same component: one per pair of boxes that meet."""
     copies = []
     for number, wanted in targets.items():
+        # replicas are many, and read alike: what meets in one is what meets in the others
+        known: dict[Hashable, list[Copy]] = {}
         for theirs in wanted:
-            for ours in sources.get(number, ()):
-                if ours.component == theirs.component and _may_meet(ours.ids, theirs.ids):
-                    pairs = product(ours.geometry.boxes, theirs.geometry.boxes)
-                    found = (_intersect(ours, src_box, theirs, dst_box) for src_box, dst_box in pairs)
-                    copies += [copy for copy in found if copy is not None]
+            piece = theirs.piece
+            alike = (theirs.component, id(theirs.geometry), piece.names)
+            if alike not in known:
+                known[alike] = list(_met(sources.get(number, ()), theirs))
+            copies += [copy if copy.dst is piece else _into(copy, piece) for copy in known[alike]]
     return copies
+
+
+def _met(sources: Iterable[_View], theirs: _View) -> Iterator[Copy]:
+    """The copies into one view."""
+    for ours in sources:
+        if ours.component == theirs.component and _may_meet(ours.ids, theirs.ids):
+            for src_box, dst_box in product(ours.geometry.boxes, theirs.geometry.boxes):
+                if copy := _intersect(ours, src_box, theirs, dst_box):
+                    yield copy
+
+
+def _into(copy: Copy, piece: Piece) -> Copy:
+    """The same copy into another piece (quicker than `replace`, for there are thousands)."""
+    return Copy(
+        copy.component, copy.src, piece, copy.axes, copy.shape, copy.src_offset, copy.src_strides, copy.dst_offset,
+        copy.dst_strides, copy.loops,
+    )  # fmt: skip
 
 
 def _may_meet(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]) -> bool:

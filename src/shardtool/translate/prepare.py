@@ -166,7 +166,7 @@ def _without_zero_biases(opened: Opened) -> Architecture | None:
 def _as_stored(layout: Layout, opened: Opened) -> Layout:
     """The layout with those optional copies alone that are on disk: they are compared, not trusted."""
     copies = {name for rule in layout.rules for name in rule.copies}
-    pieces = (p for p in layout.pieces if p.name not in copies or any(key in opened.headers for _, key in p.keyed()))
+    pieces = (p for p in layout.pieces if p.name not in copies or any(key in opened.headers for key in p.all_keys()))
     return replace(layout, pieces=tuple(pieces))
 
 
