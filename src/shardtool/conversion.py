@@ -146,6 +146,8 @@ def execute(
             result = ranks.gather(write(stage))
             identity.check_unchanged()
             notes += odd.notes(result["odd"])
+            if prepared.options.get("reflink") and not checksums and prepared.direction != "megatron2hf":
+                notes += (NO_CRC,)
             notes += _write_last(prepared, stage, identity, digest, checksums)
         ranks.end()
     return Summary(
@@ -303,6 +305,10 @@ def _whole(data: bytes, write: Write) -> None:
     write(data)
 
 
+NO_CRC = (
+    "nothing was read of what is shared, so that the archives have no CRC32 there: torch and Megatron load them, "
+    "`unzip -t` finds them damaged"
+)
 DIVERGED = "the ranks are not of one save, or a rank diverged during training"
 APART = (
     "training moves embedding and head apart, which are two tensors in Megatron: give --hf a config.json with "

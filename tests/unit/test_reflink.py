@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,3 +124,24 @@ def test_most_blocks_are_shared(form: str, sharing: Path) -> None:
         done(*arguments[:2], sharing / "plain", *arguments[3:])
         assert command("diff", sharing / "plain", target).code == 0
     assert (model / "model.safetensors").stat().st_size == size
+
+
+@pytest.mark.parametrize("form", ["torch", "torch_dist"])
+def test_without_checksums_nothing_is_read(form: str, sharing: Path) -> None:
+    """Then archives have no CRC32, as torch writes them where it is told to; torch loads them, and they say it."""
+    model, plain, there = sharing / f"bare-{form}", sharing / f"bare-plain-{form}", sharing / f"bare-there-{form}"
+    tiny.build(json.loads(CONFIG.read_text()) | {"vocab_size": 4096, "hidden_size": 512}, model, dtype="bfloat16")
+    split = ("hf2megatron", model)
+    done(*split, plain, "--pp", 2, "--format", form, "--reflink")
+    out = done(*split, there, "--pp", 2, "--format", form, "--reflink", "--no-checksums")
+    assert "no CRC32" in out.out
+    assert command("diff", plain, there).code == 0
+    if form == "torch":
+        for file in sorted(there.rglob("*.pt")):
+            with zipfile.ZipFile(file) as archive:
+                bare = {entry.filename for entry in archive.infolist() if entry.file_size > BLOCK and not entry.CRC}
+            assert any("/data/" in name for name in bare)
+            theirs = torch.load(plain / file.relative_to(there), weights_only=False)["model"]
+            for mapped in (False, True):
+                ours = torch.load(file, weights_only=False, mmap=mapped)["model"]
+                assert all(torch.equal(ours[name], value) for name, value in theirs.items() if value is not None)

@@ -132,6 +132,13 @@ class Files:
         reflink.clone(source, offset, size, self._descriptor(name), at, str(self._directory / name))
 
     @property
+    def unread(self) -> bool:
+        """Whether runs are shared with sources and nothing has to see their bytes: then they have no CRC32 either, which
+        is 0 as torch leaves it with torch.serialization.set_crc32_options(False).
+        """
+        return self.shares and self._digests is None
+
+    @property
     def hashes(self) -> bool:
         """Whether bytes that are there already have to pass."""
         return self._digests is not None

@@ -70,8 +70,8 @@ class Worker:
         stream.seek(payload.offset + part.low)
         found = moves(task, self._locate)
         passing = self._passing(task, found)
-        stream.begin(bool(payload.crc_at), passing)
         pieces = None if task.key in self._fills else self._pieces(task, found)
+        stream.begin(bool(payload.crc_at) and not (pieces and self._files.unread), passing)
         if pieces is not None:
             self._run(stream, found, pieces, part)
         else:
