@@ -37,6 +37,11 @@ def median(values: list[float]) -> str:
     return f"{statistics.median(values):.2f}" if values else ""
 
 
+def spread(values: list[float]) -> str:
+    """The median, and the lowest and highest."""
+    return f"{median(values)} ({min(values):.2f} to {max(values):.2f})" if values else ""
+
+
 def seconds(rows: Iterable[Row], technique: str) -> str:
     """The median of a technique's wall time."""
     return median([row["wall"] for row in rows if row["technique"] == technique])
@@ -67,8 +72,8 @@ def times(rows: list[Row]) -> list[str]:
             if {"plain script", "shardtool, no sync"} <= round_.keys()
         ]
         lines.append([
-            f"{shape} {gb} GB", direction, form, median(ratios(held, "shardtool, no sync")),
-            median(ratios(held, "shardtool")), median(plain), seconds(held, "cp"),
+            f"{shape} {gb} GB", direction, form, spread(ratios(held, "shardtool, no sync")),
+            spread(ratios(held, "shardtool")), median(plain), seconds(held, "cp"),
             str(sum(row["technique"] == "shardtool, no sync" for row in held)),
         ])  # fmt: skip
     head = [
@@ -112,7 +117,7 @@ def values(rows: list[Row]) -> list[str]:
         [
             f"{shape} {gb} GB",
             dtype,
-            median(ratios(held, "shardtool, no sync")),
+            spread(ratios(held, "shardtool, no sync")),
             f"{peaks.get((shape, gb), 0) / 2**20:.0f}",
         ]
         for (shape, gb, dtype), held in grouped(rows, "values", "shape", "gb", "dtype").items()
@@ -123,7 +128,7 @@ def values(rows: list[Row]) -> list[str]:
 def scaling(rows: list[Row]) -> list[str]:
     """Over threads and processes."""
     lines = [
-        [f"{shape} {gb} GB", technique, median([row["wall"] for row in held]), median([row["cpu"] for row in held])]
+        [f"{shape} {gb} GB", technique, spread([row["wall"] for row in held]), median([row["cpu"] for row in held])]
         for (shape, gb, technique), held in grouped(rows, "scaling", "shape", "gb", "technique").items()
     ]
     return table(["model", "hf2megatron torch with", "wall (s)", "CPU (s)"], lines)
