@@ -96,7 +96,9 @@ def _plain(text: str, tmp_path: Path) -> str:
     text = re.sub(r"\d+ bytes free", "N bytes free", text)
     text = re.sub(r"(127\.0\.0\.1[:, ]+)\d+", r"\1PORT", text)
     text = re.sub(
-        r"found: .*(recv|sendBytes|reset by peer|Broken pipe|ended the connection).*", "found: what the connection to the store says", text
+        r"found: .*(recv|sendBytes|reset by peer|Broken pipe|ended the connection).*",
+        "found: what the connection to the store says",
+        text,
     )
     return re.sub(r"/\S*?/(tests|src)/", r"\1/", text).replace(" -q", "")
 
