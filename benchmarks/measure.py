@@ -1,7 +1,7 @@
 """One command measured: wall and CPU seconds, and in runs of their own the peak of its anonymous memory.
 
 A virtual machine may give free memory back to its host, and the first touch of such a page is then ten times slower
-than the next. So `touch` goes through all memory that is free, before each command; sources are read
+than the next. So `touch` goes through the memory that is free, before each command; sources are read
 once, so that they are in the page cache; what an earlier command has written is on the device before the clock starts.
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PAGE = 4096
+MOST = 8 << 30  # bytes that are touched: more than a command needs
 RESERVE = 300 << 20  # bytes that stay free, so that nothing is thrown out of the page cache
 POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
 SAMPLE = 0.002  # seconds between looks at a process's memory
@@ -25,9 +26,9 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 
 
 def touch() -> None:
-    """Write to all memory that is free, and give it back."""
+    """Write to the memory that is free, and give it back."""
     free = int(Path("/proc/meminfo").read_text().split("MemFree:")[1].split()[0]) * 1024
-    with mmap.mmap(-1, max(PAGE, free - RESERVE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+    with mmap.mmap(-1, max(PAGE, min(MOST, free - RESERVE)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory.madvise(POPULATE_WRITE)
 
 
