@@ -80,19 +80,17 @@ def test_an_unknown_store(
     refused(2, "hf2megatron", tiny_model("llama"), tmp_path / "dst", names=("SHARDTOOL_STORE", "redis", "local, torch"))
 
 
+NOT_THERE = {"local": ("rank 0 is not there", "container"), "torch": ("cannot be reached", "127.0.0.1")}
+
+
+@pytest.mark.parametrize("case", NOT_THERE)
 def test_the_first_rank_is_not_there(
-    launched: Environment, tiny_model: TinyModel, refused: Refused, tmp_path: Path
-) -> None:
+    case: str, launched: Environment, monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel, refused: Refused,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     launched(1, 2)
-    refused(1, "hf2megatron", tiny_model("llama"), tmp_path / "dst", names=("rank 0 is not there", "container"))
-
-
-def test_the_first_rank_is_not_there_with_torchs_store(
-    launched: Environment, monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel, refused: Refused, tmp_path: Path
-) -> None:
-    launched(1, 2)
-    monkeypatch.setenv("SHARDTOOL_STORE", "torch")
-    refused(1, "hf2megatron", tiny_model("llama"), tmp_path / "dst", names=("cannot be reached", "127.0.0.1"))
+    monkeypatch.setenv("SHARDTOOL_STORE", case)
+    refused(1, "hf2megatron", tiny_model("llama"), tmp_path / "dst", names=NOT_THERE[case])
 
 
 def test_the_other_rank_does_not_come(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 
+SPAN_FACTOR = 4  # read up to this many times the wanted bytes at once rather than in many small pieces
 _PAGE = mmap.PAGESIZE
 
 

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
+from shardtool.execute.buffers import SPAN_FACTOR
 from shardtool.execute.codecs import block_values
 from shardtool.execute.numbers import numpy, numpy_dtype
 from shardtool.formats.stored import ITEMSIZE, BlockScaled, Stored
@@ -23,10 +26,9 @@ ROUNDED = ("bfloat16", "float16", "float32")  # dtypes that are looked up
 LEAST = 1 << 10  # elements of a block and of a box from which on tables pay
 CHUNK = 1 << 16  # elements that are looked up at once: their indices (8 bytes each) stay in the cache
 READ_BYTES = 2 << 20  # of whole rows that are read at once
-SPAN_FACTOR = 4  # rows are read whole where the box has at least one of so many columns
 
 
-class Box(NamedTuple):
+class Box(Struct, frozen=True):
     """Rows of a block of columns of a matrix, and where they go: the first element, and the step from row to row."""
 
     row: int

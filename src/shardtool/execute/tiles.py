@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from shardtool.errors import cut_off, reason, unreadable
 from shardtool.execute import buffers
+from shardtool.execute.buffers import SPAN_FACTOR
 from shardtool.execute.codecs import Values, read_values
 from shardtool.execute.lookup import look_up
 from shardtool.execute.numbers import numpy, numpy_dtype
@@ -25,7 +26,6 @@ IOV_MAX = 1024  # pieces that one preadv fills
 KEPT_ROWS = 64  # lists of such pieces that a worker keeps
 ROW_BYTES = 64  # rows from here on are placed by preadv, shorter ones copied
 GAP_BYTES = 16 << 10  # read over gaps up to this long between rows rather than row by row
-SPAN_FACTOR = 4  # read up to this many times the wanted bytes at once rather than in many small pieces
 
 
 class Move(NamedTuple):
