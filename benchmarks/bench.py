@@ -133,7 +133,7 @@ def time_rounds(options: argparse.Namespace) -> None:
             wall, cpu = measure.timed(commands[name], out, source=source)
             record(options.results, kind="time", shape=options.shape, gb=options.gb, direction=options.direction,
                    format=options.format, technique=name, wall=wall, cpu=cpu, round=f"{options.run}-{number}",
-                   disk=file_system(options.work))  # fmt: skip
+                   disk=file_system(options.work), held_back=options.held_back)  # fmt: skip
 
 
 def memory(options: argparse.Namespace) -> None:
@@ -285,7 +285,8 @@ def main() -> None:
         sub.add_argument("--only", action="append", help="this technique only (may be repeated)")
         sub.set_defaults(function=function, run=f"{time.time():.0f}")
     options = parser.parse_args()
-    options.function(options)
+    with measure.held_back() as options.held_back:
+        options.function(options)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,10 @@
 A virtual machine may give free memory back to its host, and the first touch of such a page is then ten times slower
 than the next. So `touch` goes through the memory that is free, before each command; sources are read
 once, so that they are in the page cache; what an earlier command has written is on the device before the clock starts.
+
+The kernel begins to write to the device when a tenth of the memory is dirty, and every call that then needs the device
+(making a directory, removing a file on a file system mounted with `discard`) waits behind the gigabytes in its queue.
+Who meets that is chance, so `held_back` puts it off for all commands alike.
 """
 
 from __future__ import annotations
@@ -13,13 +17,14 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 PAGE = 4096
 MOST = 8 << 30  # bytes that are touched: more than a command needs
 RESERVE = 300 << 20  # bytes that stay free, so that nothing is thrown out of the page cache
 POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
+LIMITS = {"dirty_ratio": "80", "dirty_background_ratio": "70"}  # percent of the memory that can be dirty
 SAMPLE = 0.002  # seconds between looks at a process's memory
 # the interpreter keeps its compiled modules, as it does for everybody who has run a program before
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -30,6 +35,25 @@ def touch() -> None:
     free = int(Path("/proc/meminfo").read_text().split("MemFree:")[1].split()[0]) * 1024
     with mmap.mmap(-1, max(PAGE, min(MOST, free - RESERVE)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory.madvise(POPULATE_WRITE)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[bool]:
+    """While it lasts the kernel writes nothing to the device of its own accord; False where that is not ours to say."""
+    kernel = Path("/proc/sys/vm")
+    before = {name: (kernel / name).read_text().strip() for name in LIMITS}
+    try:
+        try:
+            for name, percent in LIMITS.items():
+                (kernel / name).write_text(percent)
+            held = True
+        except OSError:
+            held = False
+        yield held
+    finally:
+        with contextlib.suppress(OSError):
+            for name, percent in reversed(before.items()):
+                (kernel / name).write_text(percent)
 
 
 def cool(folder: Path) -> None:

@@ -186,7 +186,9 @@ def main(results: str, readme: str, picture: str) -> None:
     page = Path(readme)
     head = page.read_text().split(MARK)[0]
     machines = sorted({f"{row['machine']}, commit {row['commit']}" for row in rows})
-    lines = [f"Machine: {'; '.join(machines)}. File system: ext4.", ""]
+    held = {row["held_back"] for row in rows if "held_back" in row}
+    limits = {(True,): " Dirty memory held back.", (False,): " Dirty memory not held back."}.get(tuple(held), "")
+    lines = [f"Machine: {'; '.join(machines)}. File system: ext4.{limits}", ""]
     for title, part in (
         ("Time", times), ("Memory", memory), ("Where values change", values), ("Threads and processes", scaling),
         ("Reflinks", reflink), ("Start and plan", small),

@@ -15,7 +15,7 @@ from shardtool.execute.launcher import cores
 from shardtool.layout.mesh import Mesh
 
 LAYOUT, OUTPUT, COMMON = "Parallel layout", "Output", "Common"
-WORKER_BYTES = 9 << 20  # the buffers of one worker thread: two tiles, the rows of a scatter, the span of a gather
+WORKER_BYTES = 17 << 20  # the buffers of one worker thread: two tiles, the rows of a scatter, the span of a gather
 
 
 class Format(StrEnum):

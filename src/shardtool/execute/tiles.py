@@ -21,7 +21,7 @@ from shardtool.execute.numbers import numpy, numpy_dtype
 from shardtool.formats.stored import ITEMSIZE
 from shardtool.layout.equation import nested_boxes
 
-TILE_BYTES = 1 << 20  # larger buffers leave the cache and are slower
+TILE_BYTES = 2 << 20  # of one read and one write: 1 MiB was up to 15 % slower, 4 MiB is no faster
 IOV_MAX = 1024  # pieces that one preadv fills
 KEPT_ROWS = 64  # lists of such pieces that a worker keeps
 ROW_BYTES = 64  # rows from here on are placed by preadv, shorter ones copied
@@ -74,6 +74,14 @@ def clip(move: Move, low: int, high: int) -> Iterator[Move]:
         return
     if move.dst_offset >= high or span <= low:
         return
+    if len(move.shape) == 2 and (rows := _whole_rows(move, low, high)) is not None:
+        first, last = rows
+        yield move._replace(
+            shape=(last - first, move.shape[1]),
+            src_offset=move.src_offset + first * move.src_strides[0],
+            dst_offset=move.dst_offset + first * move.dst_strides[0],
+        )
+        return
     extents = [
         (str(at), stride, size) for at, (size, stride) in enumerate(zip(move.shape, move.dst_strides, strict=True))
     ]
@@ -84,6 +92,19 @@ def clip(move: Move, low: int, high: int) -> Iterator[Move]:
             src_offset=move.src_offset + sum(i * s for i, s in zip(starts, move.src_strides, strict=True)),
             dst_offset=move.dst_offset + sum(i * s for i, s in zip(starts, move.dst_strides, strict=True)),
         )
+
+
+def _whole_rows(move: Move, low: int, high: int) -> tuple[int, int] | None:
+    """The rows [first, last) of a block of columns in [low, high), where these bounds cut no row of the block."""
+    (count, size), (step, inner) = move.shape, move.dst_strides
+    if inner != 1 or size > step:
+        return None
+    (first, before), (last, behind) = divmod(low - move.dst_offset, step), divmod(high - move.dst_offset, step)
+    # a bound may lie between two rows: behind the `size` elements of one and before those of the next
+    if 0 < before < size or 0 < behind < size:
+        return None
+    first, last = max(first + (before > 0), 0), min(last + (behind > 0), count)
+    return (first, last) if first < last else None
 
 
 class Sources:
