@@ -19,7 +19,7 @@ from shardtool.execute.digests import Digests, FileDigest
 from shardtool.formats.stored import Skeleton
 
 # Bytes of one write, as large as the largest folio of the page cache: each has its costs (a lock of the file, the
-# lookup of its blocks), which at 512 KiB were up to a fifth of a conversion (ext4, Linux 6.18).
+# lookup of its blocks), which at 512 KiB were up to a sixth of a conversion (ext4, Linux 6.18).
 WRITE_BYTES = 2 << 20
 OPEN_FILES = 512  # descriptors that are kept; the others are opened again when they are needed
 _PAGE = 4096
